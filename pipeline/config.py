@@ -1,0 +1,219 @@
+"""Every setting of a job, in one typed model. Flags, environment names, YAML keys, `--help` and the README
+table are made from it (`settings.py`); stages receive only their own section."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+DEFAULT_FILES = ("kanye-quotes.txt", "trump-quotes.txt")
+BASE_MODEL = "openai-community/gpt2"
+BASE_REVISION = "607a30d783dfa663caf39e06633721c8d4cfcd7e"  # the hub's main since 2024-02-19; pinned: main can move
+
+Share = Annotated[float, Field(ge=0, le=1)]
+ReleaseName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class DataConfig(Section):
+    """Which text, and how it becomes quotes."""
+
+    files: tuple[str, ...] = Field(
+        DEFAULT_FILES,
+        description="File names or globs to take from each input folder or prefix. If none of the default names "
+        "is there, every .txt and .jsonl file (also .gz) is taken.",
+    )
+    unit: Literal["auto", "line", "paragraph"] = Field(
+        "auto",
+        description="What one quote is: a line, or a paragraph between blank lines. auto: paragraph if any "
+        "paragraph of the file has several lines and blank lines separate them, else line.",
+    )
+    text_field: str = Field("text", description="Name of the field that holds the quote in JSONL files.")
+    max_quote_bytes: int = Field(
+        1_000_000, ge=100, description="A longer line, paragraph or JSONL record is refused as not being a quote."
+    )
+    max_file_bytes: int = Field(
+        8 * 1024**3, ge=1000, description="A larger file, after decompression, is refused."
+    )
+
+
+class TokensConfig(Section):
+    """How quotes are split and tokenized."""
+
+    max_length: int = Field(
+        128, ge=8, description="Longest example in tokens, begin and end tokens included; the rest is cut off."
+    )
+    holdout: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.1, description="Share of quotes kept out of training and used for every number in the ledger."
+    )
+    validation: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="Share of quotes, beside the hold-out, for early stopping and best-epoch selection."
+    )
+
+    @model_validator(mode="after")
+    def leaves_training_quotes(self) -> Self:
+        if self.holdout + self.validation >= 1:
+            raise ValueError("tokens.holdout and tokens.validation together must leave quotes to train on")
+        return self
+
+
+class ModelConfig(Section):
+    """The base model."""
+
+    base: str = Field(
+        BASE_MODEL,
+        min_length=1,
+        description="Hub id, a local folder with config.json and safetensors, or a Llama-type .gguf file.",
+    )
+    revision: str = Field(
+        "", description=f"Hub commit. Default: {BASE_REVISION[:12]}… for {BASE_MODEL}, else required."
+    )
+
+
+class TrainConfig(Section):
+    """Fine-tuning."""
+
+    method: Literal["full", "lora", "qlora"] = Field(
+        "full", description="full: all weights. lora: low-rank adapters. qlora: adapters on an NF4 base."
+    )
+    epochs: float = Field(2, gt=0, description="Passes over the training quotes.")
+    max_steps: int = Field(0, ge=0, description="Stop after this many optimizer steps; 0: epochs decide.")
+    batch_size: int = Field(4, ge=1, description="Examples a step on one device.")
+    accumulation: int = Field(4, ge=1, description="Batches whose gradients are added up for one step.")
+    learning_rate: float = Field(3e-4, gt=0, le=1)
+    weight_decay: float = Field(0.01, ge=0, le=1)
+    warmup_ratio: Share = Field(0.0, description="Share of the steps over which the learning rate rises.")
+    scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    max_grad_norm: float = Field(1.0, ge=0, description="Gradients are clipped to this norm; 0: not clipped.")
+    precision: Literal["auto", "fp32", "fp16", "bf16"] = Field(
+        "auto", description="auto: fp16 with fp32 master weights on a GPU, fp32 on a CPU."
+    )
+    lora_rank: int = Field(16, ge=1, le=1024)
+    lora_alpha: float = Field(32, gt=0)
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    select_best: bool = Field(False, description="Keep the epoch with the lowest validation loss, not the last.")
+    early_stopping: int = Field(
+        0, ge=0, description="Stop after this many epochs without a lower validation loss; 0: never."
+    )
+    gradient_checkpointing: bool = Field(False, description="Trade a third more time for less memory.")
+
+
+class FourbitConfig(Section):
+    """Loading the tuned model in 4 bits."""
+
+    enabled: bool = Field(True, description="Load the tuned model back with bitsandbytes NF4 and measure it.")
+
+
+class SparsityConfig(Section):
+    """Zeroing weights of the block matrices."""
+
+    method: str = Field("magnitude", description="A file name in pipeline/sparsity/.")
+    ratio: Annotated[float, Field(ge=0, lt=1)] = Field(0.5, description="Share of weights set to zero.")
+    scope: Literal["matrix", "global"] = Field(
+        "matrix", description="matrix: the same share in each; global: one threshold for all."
+    )
+    pattern: str = Field(
+        "unstructured",
+        pattern=r"^(unstructured|\d+:\d+)$",
+        description="unstructured, or n:m: at most n weights of each m neighbours in a row stay.",
+    )
+
+    @model_validator(mode="after")
+    def pattern_agrees(self) -> Self:
+        if self.pattern == "unstructured":
+            return self
+        n, m = (int(part) for part in self.pattern.split(":"))
+        if not 0 < n < m:
+            raise ValueError(f"sparsity.pattern {self.pattern} keeps n of m weights, so 0 < n < m is needed")
+        if abs(self.ratio - (1 - n / m)) > 1e-9:
+            raise ValueError(
+                f"sparsity.pattern {self.pattern} zeroes {1 - n / m:g} of the weights, but sparsity.ratio is "
+                f"{self.ratio:g}; set sparsity.ratio to {1 - n / m:g}"
+            )
+        if self.scope == "global":
+            raise ValueError("an n:m pattern is per row, so sparsity.scope must be matrix")
+        return self
+
+
+class ExportConfig(Section):
+    """The F16 GGUF and its proof."""
+
+    logits_tolerance: float = Field(
+        0.02,
+        gt=0,
+        description="Largest allowed root-mean-square difference of llama.cpp's log-probabilities from torch's, "
+        "as a share of their standard deviation.",
+    )
+
+
+class QuantizeConfig(Section):
+    """The quantized GGUF files."""
+
+    types: tuple[str, ...] = Field(("Q2_K",), min_length=1, description="llama.cpp file types, one file each.")
+    fallback: Literal["warn", "error"] = Field(
+        "warn", description="What to do when llama-quantize stores a matrix in another type than asked for."
+    )
+
+
+class EvaluateConfig(Section):
+    """The ledger."""
+
+    max_quotes: int = Field(500, ge=1, description="Held-out quotes to score at most (the same for every row).")
+    bootstrap: int = Field(10_000, ge=100, description="Resamples behind each 95% interval.")
+    prompts: tuple[str, ...] = Field(
+        ("", "I", "The", "People", "You have to", "My"), description="Beginnings of the sample generations."
+    )
+    samples: int = Field(4, ge=1, description="Generations for each prompt, each with its own seed.")
+    max_new_tokens: int = Field(80, ge=1)
+    temperature: float = Field(0.8, ge=0)
+    top_p: float = Field(0.95, gt=0, le=1)
+    repeat_penalty: float = Field(1.1, ge=1)
+
+
+class PublishConfig(Section):
+    """The release."""
+
+    safetensors: bool = Field(False, description="Publish the final model as safetensors too.")
+
+
+class JobConfig(Section):
+    """A whole job."""
+
+    input: tuple[str, ...] = Field(
+        (), description="Files, folders, globs, or gs:// objects and prefixes. Default: the embedded sample corpus."
+    )
+    output: str = Field("out", min_length=1, description="A folder or a gs:// prefix for the release.")
+    name: ReleaseName = Field("gpt2-ye-trump", description="Files are called NAME-TYPE.gguf.")
+    work_dir: Path = Field(Path("work"), description="Where stages keep their files; a rerun skips what is done.")
+    llama_cpp: str = Field("", description="Folder with the llama.cpp tools. Default: the newest build in the cache, or PATH.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU if one is visible.")
+    seed: int = Field(42, ge=0, lt=2**32)
+    log_format: Literal["auto", "text", "json"] = Field(
+        "auto", description="auto: text and progress bars on a terminal, else one JSON object a line."
+    )
+    data: DataConfig = DataConfig()
+    tokens: TokensConfig = TokensConfig()
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+    fourbit: FourbitConfig = FourbitConfig()
+    sparsity: SparsityConfig = SparsityConfig()
+    export: ExportConfig = ExportConfig()
+    quantize: QuantizeConfig = QuantizeConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    publish: PublishConfig = PublishConfig()
+
+    @model_validator(mode="after")
+    def settings_agree(self) -> Self:
+        if (self.train.early_stopping or self.train.select_best) and not self.tokens.validation:
+            raise ValueError(
+                "train.early_stopping and train.select_best choose by validation loss, but tokens.validation is 0; "
+                "set tokens.validation to 0.1 (the hold-out stays unseen)"
+            )
+        if self.device == "cpu" and self.train.precision == "fp16":
+            raise ValueError("train.precision fp16 needs a GPU, but device is cpu; use fp32 or bf16")
+        return self
