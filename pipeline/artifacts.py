@@ -4,6 +4,7 @@ points at. `Facts` are the measurements a stage took; they go into metrics.json 
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +43,7 @@ class Corpus:
 
 @dataclass(frozen=True)
 class TokenDataset:
-    """`path` holds one `datasets` folder a split (train, validation, holdout): input_ids, text, source, truncated."""
+    """`path` holds one Arrow stream a split, read with `tokens.load_split`; every quote is `begin_id … end_id`."""
 
     path: Path
     sha256: str
@@ -59,6 +60,17 @@ class Checkpoint:
     sha256: str
     facts: Facts = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, path: Path, facts: Facts) -> Checkpoint:
+        """The checkpoint that was just written to `path`, hashed."""
+        hashed = [path / "config.json", path / "tokenizer.json", *path.glob("*.safetensors")]
+        return cls(path, sha256_of_files(hashed), facts)
+
+    def copy_tokenizer(self, out: Path) -> None:
+        """File by file: saving a loaded tokenizer again drops add_bos_token, which llama.cpp's converter reads."""
+        for path in (self.path / "tokenizer.json", self.path / "tokenizer_config.json"):
+            shutil.copyfile(path, out / path.name)
+
 
 @dataclass(frozen=True)
 class GgufFile:
@@ -74,6 +86,40 @@ class GgufSet:
     """The quantized files of one run, in the order asked for."""
 
     files: tuple[GgufFile, ...]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`facts` are the ledger, speeds and generations; `path` is the same as JSON."""
+
+    path: Path
+    sha256: str
+    facts: Facts
+
+
+@dataclass(frozen=True)
+class ReleasedFile:
+    name: str  # for people; the object is called by its hash
+    sha256: str
+    crc32c: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Release:
+    """A published run, as its manifest tells it."""
+
+    output: str  # URI of the output folder; the run lies under it at runs/<run_id>
+    run_id: str
+    name: str
+    created: str  # UTC, ISO 8601
+    result_digest: str  # over the GGUF files alone: the other files hold timings
+    manifest_sha256: str
+    files: tuple[ReleasedFile, ...]
+
+    @property
+    def uri(self) -> str:
+        return f"{self.output.rstrip('/')}/runs/{self.run_id}"
 
 
 def sha256_of(path: Path) -> str:

@@ -30,23 +30,25 @@ class DataConfig(Section):
     )
     unit: Literal["auto", "line", "paragraph"] = Field(
         "auto",
-        description="What one quote is: a line, or a paragraph between blank lines. auto: paragraph if any "
-        "paragraph of the file has several lines and blank lines separate them, else line.",
+        description="What one quote is: a line, or a paragraph between blank lines. auto: paragraph if blank "
+        "lines separate blocks of lines in which most lines end in mid-sentence, else line.",
     )
     text_field: str = Field("text", description="Name of the field that holds the quote in JSONL files.")
     max_quote_bytes: int = Field(
-        1_000_000, ge=100, description="A longer line, paragraph or JSONL record is refused as not being a quote."
+        1_000_000,
+        ge=100,
+        description="A longer line, paragraph or JSONL record is refused as not being a quote.",
     )
-    max_file_bytes: int = Field(
-        8 * 1024**3, ge=1000, description="A larger file, after decompression, is refused."
-    )
+    max_file_bytes: int = Field(8 * 1024**3, ge=1000, description="A larger file, after decompression, is refused.")
 
 
 class TokensConfig(Section):
     """How quotes are split and tokenized."""
 
     max_length: int = Field(
-        128, ge=8, description="Longest example in tokens, begin and end tokens included; the rest is cut off."
+        128,
+        ge=8,
+        description="Longest example in tokens, begin and end tokens included; the rest is cut off.",
     )
     holdout: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.1, description="Share of quotes kept out of training and used for every number in the ledger."
@@ -185,12 +187,15 @@ class JobConfig(Section):
     """A whole job."""
 
     input: tuple[str, ...] = Field(
-        (), description="Files, folders, globs, or gs:// objects and prefixes. Default: the embedded sample corpus."
+        (),
+        description="Files, folders, globs, or gs:// objects and prefixes. Default: the embedded sample corpus.",
     )
     output: str = Field("out", min_length=1, description="A folder or a gs:// prefix for the release.")
     name: ReleaseName = Field("gpt2-ye-trump", description="Files are called NAME-TYPE.gguf.")
     work_dir: Path = Field(Path("work"), description="Where stages keep their files; a rerun skips what is done.")
-    llama_cpp: str = Field("", description="Folder with the llama.cpp tools. Default: the newest build in the cache, or PATH.")
+    llama_cpp: str = Field(
+        "", description="Folder with the llama.cpp tools. Default: the newest build in the cache, or PATH."
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU if one is visible.")
     seed: int = Field(42, ge=0, lt=2**32)
     log_format: Literal["auto", "text", "json"] = Field(

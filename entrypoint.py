@@ -1,0 +1,172 @@
+"""quotesmith's command line. `pipeline/options.py` makes options of the settings; `pipeline/job.py` is the job."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import traceback
+from types import FrameType
+from typing import Any
+
+import click
+
+from pipeline import __version__, logs
+from pipeline.errors import MachineError, NotAllowed, QuotesmithError
+from pipeline.options import job_options
+from pipeline.settings import Resolved, as_table, resolve
+
+log = logging.getLogger("quotesmith")
+
+NO_SPACE = (28, 122)  # ENOSPC, EDQUOT
+GROUP = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+
+
+@click.group(context_settings=GROUP)
+@click.version_option(__version__, prog_name="quotesmith")
+def cli() -> None:
+    """Turn a bucket of quotes into one small GGUF model that speaks in that voice, with proof.
+
+    Every option can also be an environment variable (--train.epochs is QUOTESMITH_TRAIN_EPOCHS) or a line in
+    a YAML file given with --config.
+    """
+
+
+def settled(context: click.Context, config_file: str | None) -> Resolved:
+    """All settings from all their places, and logging as they ask for it."""
+    resolved = resolve(context.obj or {}, os.environ, config_file)
+    logs.configure(resolved.config.log_format)
+    return resolved
+
+
+@cli.command()
+@job_options
+@click.pass_context
+def run(context: click.Context, config_file: str | None) -> None:
+    """Run the whole job and publish the release."""
+    resolved = settled(context, config_file)
+    from pipeline import job, report
+
+    click.echo(report.of_run(job.run(resolved)))
+
+
+@cli.command()
+@job_options
+@click.pass_context
+def plan(context: click.Context, config_file: str | None) -> None:
+    """Say what a run would do: settings, quotes kept and dropped, tokens, steps, sizes. Trains nothing."""
+    resolved = settled(context, config_file)
+    from pipeline import plan as planning
+    from pipeline import report
+
+    click.echo(report.of_settings(as_table(resolved)))
+    click.echo(report.of_plan(planning.plan(resolved)))
+
+
+@cli.command()
+@job_options
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.pass_context
+def config(context: click.Context, config_file: str | None, as_json: bool) -> None:
+    """Print every setting with its value, where the value comes from, and what it means."""
+    table = as_table(settled(context, config_file))
+    from pipeline import report
+
+    click.echo(json.dumps(table, indent=1) if as_json else report.of_settings(table))
+
+
+@cli.command()
+@click.argument("gguf", type=click.Path(exists=True, dir_okay=False))
+@click.option("--prompt", default="", help="How the quote begins. [default: nothing]")
+@click.option("--count", default=1, type=click.IntRange(1), help="How many quotes. [default: 1]")
+@click.option("--seed", default=42, type=click.IntRange(0), help="The first seed. [default: 42]")
+@click.option("--max-new-tokens", default=80, type=click.IntRange(1), help="[default: 80]")
+@click.option("--temperature", default=0.8, type=click.FloatRange(0), help="[default: 0.8]")
+@click.option("--top-p", default=0.95, type=click.FloatRange(0, 1, min_open=True), help="[default: 0.95]")
+@click.option("--repeat-penalty", default=1.1, type=click.FloatRange(1), help="[default: 1.1]")
+@click.option("--llama-cpp", default="", help="Folder of the llama.cpp tools.")
+def generate(gguf: str, prompt: str, count: int, seed: int, llama_cpp: str, **sampling: Any) -> None:
+    """Let a GGUF file write quotes, through llama.cpp."""
+    logs.configure("auto")
+    from pathlib import Path
+
+    from pipeline import llama_cpp as engine
+
+    tools = engine.find(llama_cpp)
+    for number in range(seed, seed + count):
+        click.echo(prompt + engine.generate(tools, Path(gguf), prompt, seed=number, **sampling).text)
+
+
+@cli.command()
+@click.argument("uri")
+def verify(uri: str) -> None:
+    """Check every object of a release against its manifest."""
+    logs.configure("auto")
+    from pipeline import publish
+
+    for name in (checked := publish.verify(uri)):
+        click.echo(f"ok  {name}")
+    click.echo(f"{len(checked)} objects are as the manifest says")
+
+
+cli.add_command(run, "train")  # SageMaker starts an image with the one argument `train`
+
+
+class Stopped(BaseException):
+    """SIGTERM: unwinds the job, so that children are ended and temporary files removed."""
+
+
+def on_sigterm(number: int, frame: FrameType | None) -> None:
+    raise Stopped
+
+
+def main() -> None:
+    """Run the command line; end with the exit code of `pipeline/errors.py`, and a traceback only for our bugs."""
+    signal.signal(signal.SIGTERM, on_sigterm)
+    sys.exit(exit_code_of(lambda: cli(standalone_mode=False)))
+
+
+def exit_code_of(command: Any) -> int:
+    try:
+        return int(command() or 0)
+    except click.exceptions.Exit as e:
+        return e.exit_code
+    except click.ClickException as e:
+        e.show()
+        return e.exit_code
+    except QuotesmithError as e:
+        return fail(e)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("stopped by SIGINT; finished stages are kept, nothing was published", err=True)
+        return 130
+    except Stopped:
+        click.echo("stopped by SIGTERM; finished stages are kept, nothing was published", err=True)
+        return 143
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 141
+    except PermissionError as e:
+        return fail(NotAllowed(f"{e.filename} cannot be opened or written: {e.strerror}"))
+    except OSError as e:
+        if e.errno in NO_SPACE:
+            return fail(MachineError(f"the disk is full ({e.filename or 'writing'}); free space and run again"))
+        traceback.print_exc()
+        return 70
+    except Exception:
+        traceback.print_exc()
+        return 70
+
+
+def fail(error: QuotesmithError) -> int:
+    """The sentence, once: as a log line when the log is JSON, else plainly."""
+    if logs.as_json():
+        log.error("error: %s", error)
+    else:
+        click.echo(f"error: {error}", err=True)
+    return error.exit_code
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""Programs run as children: never left running, and their failure told in one sentence."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, NamedTuple
+
+from pipeline.errors import CheckFailed, MachineError
+
+LEAST_FREE_BYTES = 1 << 20  # a program that failed while writing, with less than this left, failed for lack of disk
+
+WATCH_SECONDS = 0.02
+
+Process = subprocess.Popen[bytes]
+
+
+class Finished(NamedTuple):
+    stdout: str
+    stderr: str
+    peak_bytes: int
+
+
+def run(command: Sequence[str | Path], *, writes_in: Path | None = None) -> Finished:
+    """Runs one program to its end; what it prints need not be UTF-8.
+
+    Raises `CheckFailed` with its last line when it fails, `MachineError` when memory or the disk of `writes_in`
+    ran out.
+    """
+    with tempfile.TemporaryFile() as stdout, started(command, stdout=stdout) as (process, stderr):
+        peak_bytes = watch(process)
+        require_success(process, stderr, writes_in)
+        return Finished(text_of(stdout), text_of(stderr), peak_bytes)
+
+
+def watch(process: Process) -> int:
+    """Waits for the end; returns the peak of its resident memory, as last seen.
+
+    Not wait4's ru_maxrss: that begins at the memory of the process it was forked from, so at torch's gigabytes.
+    """
+    peak_bytes = 0
+    while True:
+        with suppress(OSError, IndexError):  # it has just ended
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            peak_bytes = 1024 * int(status.split("VmHWM:")[1].split()[0])
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(WATCH_SECONDS)
+            return peak_bytes
+
+
+@contextmanager
+def started(
+    command: Sequence[str | Path], *, stdin: int = subprocess.DEVNULL, stdout: int | IO[bytes]
+) -> Iterator[tuple[Process, IO[bytes]]]:
+    """A running program and the file its stderr goes to. It does not outlive the block, however that is left."""
+    # llama.cpp takes options from LLAMA_ARG_* too; what runs here depends on its arguments alone
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("LLAMA_")}
+    with tempfile.TemporaryFile() as stderr:
+        process = subprocess.Popen(command, stdin=stdin, stdout=stdout, stderr=stderr, env=environment)
+        try:
+            yield process, stderr
+        finally:
+            if process.returncode is None:
+                process.kill()
+                process.wait()
+            for pipe in (process.stdin, process.stdout):
+                if pipe:
+                    pipe.close()
+
+
+def require_success(process: Process, stderr: IO[bytes], writes_in: Path | None = None) -> None:
+    if process.returncode == 0:
+        return
+    command: list[str | Path] = list(process.args)  # type: ignore[arg-type]
+    said = text_of(stderr)
+    last = next((line.strip() for line in reversed(said.splitlines()) if line.strip()), "it said nothing")
+    name = " ".join(Path(part).name for part in command[:2]) if "python" in str(command[0]) else Path(command[0]).name
+    if "No space left" in said or (writes_in and shutil.disk_usage(writes_in).free < LEAST_FREE_BYTES):
+        raise MachineError(f"{name} failed because the disk of {writes_in} is full; free some space and run again")
+    if process.returncode == -signal.SIGKILL:
+        raise MachineError(f"{name} was killed, probably for lack of memory; run again with more memory")
+    raise CheckFailed(f"{name} failed with exit code {process.returncode}; its last line: {last}")
+
+
+def text_of(file: IO[bytes]) -> str:
+    file.seek(0)
+    return file.read().decode(errors="replace")

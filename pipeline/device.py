@@ -1,0 +1,56 @@
+"""Where to compute and in which number format, each with the reason it was chosen: both are printed and
+recorded, so that nobody has to guess later why a run took fp32."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+
+from pipeline.errors import ConfigError, ServiceUnavailable
+
+
+class Device(NamedTuple):
+    name: Literal["cpu", "cuda"]
+    why: str
+
+
+class Precision(NamedTuple):
+    name: Literal["fp32", "fp16", "bf16"]
+    why: str
+
+
+def choose_device(asked: str) -> Device:
+    """`asked` is auto, cpu or cuda. cuda without a visible GPU is `ServiceUnavailable`: a retry elsewhere can help."""
+    visible = torch.cuda.is_available()
+    if asked == "cpu":
+        return Device("cpu", "asked for")
+    if visible:
+        name = torch.cuda.get_device_name(0)
+        return Device("cuda", f"asked for: {name}" if asked == "cuda" else f"auto: {name} is visible")
+    if asked == "cuda":
+        raise ServiceUnavailable(
+            "device is cuda but no GPU is visible to this process; start the container with --gpus all (or ask the "
+            "scheduler for nvidia.com/gpu), or set device to auto or cpu"
+        )
+    return Device("cpu", "auto: no GPU is visible")
+
+
+def choose_precision(asked: str, device: str) -> Precision:
+    """The format of the arithmetic; weights and optimizer state stay in fp32 whatever is chosen."""
+    if asked == "auto":
+        if device == "cuda":
+            return Precision("fp16", "auto: a GPU computes in fp16, over fp32 master weights")
+        return Precision("fp32", "auto: no GPU")
+    if asked == "fp16":
+        if device == "cpu":
+            raise ConfigError("train.precision fp16 needs a GPU, but the device is cpu; use fp32 or bf16")
+        return Precision("fp16", "asked for")
+    if asked == "bf16":
+        if device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise ConfigError(
+                "train.precision bf16 needs a GPU of the Ampere generation or newer, but this is "
+                f"{torch.cuda.get_device_name(0)}; use fp16"
+            )
+        return Precision("bf16", "asked for")
+    return Precision("fp32", "asked for")

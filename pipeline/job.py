@@ -1,0 +1,159 @@
+"""The walk: from quotes to a published release. Read this first."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+from pipeline import __version__, base_model, metrics, settings
+from pipeline.artifacts import Checkpoint, Corpus, Evaluation, GgufFile, GgufSet, Release, TokenDataset
+from pipeline.base_model import obtain
+from pipeline.config import JobConfig
+from pipeline.evaluate import evaluate
+from pipeline.export import export
+from pipeline.fetch import content_hash, fetch, resolve
+from pipeline.finetune import finetune
+from pipeline.model_card import model_card, modelfile
+from pipeline.preflight import preflight
+from pipeline.publish import complete, find_release, publish, read_metrics
+from pipeline.quantize import quantize
+from pipeline.settings import Resolved
+from pipeline.sparsify import sparsify
+from pipeline.stage import Stages
+from pipeline.tokens import tokenize
+
+log = logging.getLogger(__name__)
+
+# These say where things lie and how they are shown; none changes the model that comes out.
+NOT_IN_RUN_ID: dict[str, Any] = {
+    **dict.fromkeys(("input", "output", "work_dir", "llama_cpp", "log_format"), True),
+    "model": {"base", "revision"},  # a path or an id; what it holds is identified by its hash or commit
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    release: Release
+    metrics: dict[str, Any]
+    published_now: bool  # False: the identical release was already there
+
+
+def run(resolved: Resolved) -> Outcome:
+    cfg = resolved.config
+    disable_progress_bar()  # one for every model that is loaded; the long steps have bars of their own
+    set_verbosity_error()
+    tools, device = preflight(cfg)
+    log.info("job: device %s (%s), llama.cpp %s, work_dir %s", *device, tools.version, cfg.work_dir)
+    stages = Stages(cfg.work_dir)
+
+    corpus = stages.run(fetch, cfg.input, cfg.data, outside=content_hash(resolve(cfg.input, cfg.data)))
+    source = base_model.resolve(cfg.model)
+    run_id = run_id_of(cfg, corpus, source)
+    if release := find_release(cfg.output, run_id):
+        return already_there(release, cfg)
+
+    base = stages.run(obtain, cfg.model, outside=source)
+    tokens = stages.run(tokenize, corpus, base, cfg.tokens)
+    tuned = stages.run(finetune, base, tokens, cfg.train, device=device.name, seed=cfg.seed)
+    sparse = stages.run(sparsify, tuned, cfg.sparsity, seed=cfg.seed)
+    f16 = stages.run(export, sparse, corpus, tokens, cfg.export, tools=tools, name=cfg.name)
+    quantized = stages.run(quantize, f16, cfg.quantize, tools=tools, name=cfg.name)
+    models = (base, tuned, sparse, f16, quantized)
+    evaluation = stages.run(
+        evaluate, *models, tokens, cfg.evaluate, cfg.fourbit, tools=tools, device=device.name, seed=cfg.seed
+    )
+
+    figures = gather(resolved, run_id, stages, corpus, tokens, models, evaluation, tools.version)
+    files = lay_out(cfg, run_id, figures, quantized, sparse)
+    release = publish(cfg.output, run_id=run_id, name=cfg.name, files=files)
+    return Outcome(release, figures.model_dump(mode="json"), published_now=True)
+
+
+def run_id_of(cfg: JobConfig, corpus: Corpus, source: str) -> str:
+    """A hash of the settings that matter and of the inputs: the same job again is the same run."""
+    matters = {
+        "version": __version__,
+        "settings": cfg.model_dump(mode="json", exclude=NOT_IN_RUN_ID),
+        "sources": [[source.name, source.sha256] for source in corpus.sources],
+        "base": source,
+    }
+    return hashlib.sha256(json.dumps(matters, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def gather(
+    resolved: Resolved,
+    run_id: str,
+    stages: Stages,
+    corpus: Corpus,
+    tokens: TokenDataset,
+    models: tuple[Checkpoint, Checkpoint, Checkpoint, GgufFile, GgufSet],
+    evaluation: Evaluation,
+    llama_cpp: str,
+) -> metrics.Metrics:
+    base, tuned, sparse, f16, quantized = models
+    by_stage = {"obtain": base.facts, "finetune": tuned.facts, "sparsify": sparse.facts, "export": f16.facts}
+    found = evaluation.facts
+    return metrics.Metrics.model_validate(
+        {
+            "run_id": run_id,
+            "name": resolved.config.name,
+            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "settings": settings.as_table(resolved),
+            "data": {
+                "quotes": corpus.quotes,
+                "sources": [asdict(source) for source in corpus.sources],
+                "tokens": tokens.facts,
+            },
+            "stages": metrics.stage_figures(stages.records, by_stage),
+            "ledger": found["ledger"],
+            "nf4": found["nf4"],
+            "ggufs": [gguf_figures(file, found["speed"]) for file in quantized.files],
+            "generations": found["generations"],
+            "versions": metrics.versions(llama_cpp),
+            "hardware": metrics.hardware(),
+        }
+    )
+
+
+def gguf_figures(file: GgufFile, speed: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "name": file.path.name,
+        "type": file.type,
+        "sha256": file.sha256,
+        "size_bytes": file.size_bytes,
+        "speed": speed[file.path.name],
+        "facts": file.facts,
+    }
+
+
+def lay_out(
+    cfg: JobConfig, run_id: str, figures: metrics.Metrics, quantized: GgufSet, sparse: Checkpoint
+) -> dict[str, Path]:
+    """The files of the release by the names that people will see."""
+    folder = cfg.work_dir / "release" / run_id
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [file.path.name for file in quantized.files]
+    card = model_card(figures.model_dump(mode="json"), cfg.name, names)
+    files = {file.path.name: file.path for file in quantized.files}
+    files["metrics.json"] = metrics.write(folder / "metrics.json", figures)
+    files["README.md"] = folder / "README.md"
+    files["Modelfile"] = folder / "Modelfile"
+    files["README.md"].write_text(card, encoding="utf-8")
+    files["Modelfile"].write_text(modelfile(names[0]), encoding="utf-8")
+    if cfg.publish.safetensors:
+        files |= {f"safetensors/{path.name}": path for path in sorted(sparse.path.iterdir()) if path.is_file()}
+    return files
+
+
+def already_there(release: Release, cfg: JobConfig) -> Outcome:
+    """The identical release stands: what a reader looks for is made whole, nothing is published twice."""
+    complete(release)
+    log.info("publish: release %s of these settings and inputs is already at %s", release.run_id, cfg.output)
+    return Outcome(release, read_metrics(release), published_now=False)

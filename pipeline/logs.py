@@ -1,0 +1,52 @@
+"""Logging for people on a terminal and for log collectors elsewhere: one JSON object a line."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+
+QUIET = (
+    "transformers",
+    "bitsandbytes",
+    "datasets",
+    "httpx",
+    "huggingface_hub",
+    "urllib3",
+    "peft",
+    "accelerate",
+)
+
+
+class JsonLines(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
+            "severity": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False)
+
+
+def on_terminal() -> bool:
+    return sys.stderr.isatty()
+
+
+def as_json() -> bool:
+    """Whether the log is JSON lines; False before it is configured."""
+    return any(isinstance(handler.formatter, JsonLines) for handler in logging.getLogger().handlers)
+
+
+def configure(log_format: str) -> None:
+    """`log_format` is text, json or auto (text on a terminal). Called once, by the door."""
+    json_lines = log_format == "json" or (log_format == "auto" and not on_terminal())
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines() if json_lines else logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    logging.captureWarnings(True)
+    for name in (*QUIET, "py.warnings"):
+        logging.getLogger(name).setLevel(logging.ERROR)

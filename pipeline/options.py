@@ -1,0 +1,41 @@
+"""Command-line options made from the settings, so that there is one list of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from pipeline.settings import Setting, all_settings, plain
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def job_options(command: Command) -> Command:
+    """Add --config and one option for every setting; they reach the command as `config_file` and `flags`."""
+    for setting in reversed(all_settings()):
+        command = option(setting)(command)
+    return click.option("--config", "config_file", metavar="FILE", help="YAML file, local or gs://.")(command)
+
+
+def option(setting: Setting) -> Callable[[Command], Command]:
+    default = plain(setting.field.default)
+    shown = ",".join(default) if isinstance(default, list) else default
+    return click.option(
+        setting.flag,
+        setting.key.replace(".", "__"),  # click wants a Python identifier
+        multiple=setting.is_list,
+        default=None,
+        expose_value=False,
+        callback=remember,
+        metavar=setting.values,
+        help=f"{setting.meaning} [default: {shown}]",
+    )
+
+
+def remember(context: click.Context, parameter: click.Parameter, value: Any) -> None:
+    """Values stay text here; `settings.resolve` checks them, with their origin in the message."""
+    if value not in (None, ()):
+        key = str(parameter.name).replace("__", ".")
+        context.ensure_object(dict)[key] = list(value) if isinstance(value, tuple) else value

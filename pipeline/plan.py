@@ -1,0 +1,69 @@
+"""What a run would do, from the data and the base model's shape, without training."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import dataclass
+
+from pipeline import base_model
+from pipeline.artifacts import Checkpoint, Corpus, TokenDataset
+from pipeline.base_model import obtain
+from pipeline.config import JobConfig, TrainConfig
+from pipeline.device import Device, Precision, choose_precision
+from pipeline.fetch import content_hash, fetch, resolve
+from pipeline.preflight import preflight
+from pipeline.quantize import predict_bytes
+from pipeline.settings import Resolved
+from pipeline.stage import Stages
+from pipeline.tokens import tokenize
+
+
+@dataclass(frozen=True)
+class Plan:
+    corpus: Corpus
+    tokens: TokenDataset
+    device: Device
+    precision: Precision
+    steps: int
+    examples_a_step: int
+    output_bytes: dict[str, int]  # by file name
+    disk_bytes: int
+    free_bytes: int
+
+
+def plan(resolved: Resolved) -> Plan:
+    """Fetches, obtains the base model and tokenizes: a run afterwards finds these stages done."""
+    cfg = resolved.config
+    tools, device = preflight(cfg)
+    stages = Stages(cfg.work_dir)
+    corpus = stages.run(fetch, cfg.input, cfg.data, outside=content_hash(resolve(cfg.input, cfg.data)))
+    base = stages.run(obtain, cfg.model, outside=base_model.resolve(cfg.model))
+    tokens = stages.run(tokenize, corpus, base, cfg.tokens)
+    sizes = predict_bytes(base.path, list(dict.fromkeys(("F16", *cfg.quantize.types))), tools, name=cfg.name)
+    return Plan(
+        corpus,
+        tokens,
+        device,
+        choose_precision(cfg.train.precision, device.name),
+        steps=optimizer_steps(tokens.facts["splits"]["train"]["quotes"], cfg.train),
+        examples_a_step=cfg.train.batch_size * cfg.train.accumulation,
+        output_bytes={f"{cfg.name}-{kind}.gguf": sizes[kind] for kind in cfg.quantize.types},
+        disk_bytes=disk_needed(base, sizes, cfg),
+        free_bytes=shutil.disk_usage(cfg.work_dir).free,
+    )
+
+
+def optimizer_steps(examples: int, cfg: TrainConfig) -> int:
+    """As the Trainer counts them: a last, smaller group of batches is a step too."""
+    if cfg.max_steps:
+        return cfg.max_steps
+    batches = math.ceil(examples / cfg.batch_size)
+    return math.ceil(cfg.epochs * math.ceil(batches / cfg.accumulation))
+
+
+def disk_needed(base: Checkpoint, sizes: dict[str, int], cfg: JobConfig) -> int:
+    """Bytes: the model as base, tuned and sparse checkpoint, saved epochs, and the GGUF files."""
+    checkpoint = sum(path.stat().st_size for path in base.path.glob("*.safetensors"))
+    saved_epochs = 2 if cfg.train.select_best or cfg.train.early_stopping else 0
+    return (3 + saved_epochs) * checkpoint + sum(sizes.values())

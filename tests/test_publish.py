@@ -1,0 +1,219 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipeline import publish as module
+from pipeline.errors import DataError, InputMissing, QuotesmithError, TargetTaken, TransferError
+from pipeline.publish import find_release, publish, read_metrics, verify
+from pipeline.storage import Store, open_store
+
+Files = dict[str, Path]
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Files:
+    return write(tmp_path / "made", b"weights", b'{"seconds": 1}')
+
+
+def write(folder: Path, weights: bytes, metrics: bytes) -> Files:
+    folder.mkdir(exist_ok=True)
+    contents = {"voice-Q2_K.gguf": weights, "metrics.json": metrics, "README.md": b"# card"}
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    return {name: folder / name for name in contents}
+
+
+@pytest.fixture(params=["local", "gs"])
+def output(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "local":
+        return str(tmp_path / "out")
+    return f"{request.getfixturevalue('gcs_bucket_uri')}/out"
+
+
+def release(output: str, files: Files, run_id: str = "run1") -> None:
+    publish(output, run_id=run_id, name="voice", files=files)
+
+
+def listing(output: str) -> dict[str, bytes]:
+    store = open_store(output)
+    return {name: store.read(name) for name, _ in store.list("")}
+
+
+def test_a_release_is_laid_out_as_promised(output: str, files: Files) -> None:
+    release(output, files)
+    there = listing(output)
+    manifest = json.loads(there["runs/run1/MANIFEST.json"])
+    latest = json.loads(there["latest.json"])
+    assert latest["run_id"] == manifest["run_id"] == "run1"
+    assert len(manifest["objects"]) == 3
+    for entry in manifest["objects"]:
+        stored = there[f"runs/run1/objects/sha256/{entry['sha256']}"]
+        assert stored == there[entry["name"]] == files[entry["name"]].read_bytes()
+        assert entry["size_bytes"] == len(stored) and entry["crc32c"]
+    assert len(there) == 3 + 1 + 1 + 3
+    assert len(verify(output)) == 6
+
+
+def test_publishing_the_same_result_again_changes_nothing(output: str, files: Files, tmp_path: Path) -> None:
+    release(output, files)
+    before = listing(output)
+    release(output, write(tmp_path / "again", b"weights", b'{"seconds": 2}'))
+    assert listing(output) == before
+
+
+def test_another_result_for_the_same_run_is_refused(output: str, files: Files, tmp_path: Path) -> None:
+    release(output, files)
+    before = listing(output)
+    with pytest.raises(TargetTaken, match="different result"):
+        release(output, write(tmp_path / "other", b"other weights", b"{}"))
+    assert listing(output) == before
+
+
+class Failing:
+    """A store that breaks at its nth write, like a network that goes away."""
+
+    def __init__(self, store: Store, writes: int) -> None:
+        self.store, self.left = store, writes
+
+    def __getattr__(self, name: str) -> object:
+        act = getattr(self.store, name)
+        return self.counted(act) if name in ("put", "put_if_absent", "compare_and_swap") else act
+
+    def counted(self, act: Callable[..., object]) -> Callable[..., object]:
+        def write(*args: object) -> object:
+            self.left -= 1
+            if self.left < 0:
+                raise TransferError("the network is gone")
+            return act(*args)
+
+        return write
+
+
+WRITES = 3 + 1 + 1 + 3  # objects, manifest, latest.json, plain copies
+
+
+@pytest.mark.parametrize("writes", range(WRITES))
+def test_a_crash_at_any_write_leaves_no_release_or_a_whole_one(
+    tmp_path: Path, files: Files, writes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = str(tmp_path / "out")
+    store = Failing(open_store(output), writes)
+    with monkeypatch.context() as patch, pytest.raises(TransferError):
+        patch.setattr(module, "open_store", lambda uri: store)
+        release(output, files)
+    there = listing(output) if Path(output).exists() else {}
+    assert ("runs/run1/MANIFEST.json" in there) == (writes > 3)
+    assert ("latest.json" in there) == (writes > 4)
+    assert sum(name in there for name in files) == max(0, writes - 5)
+    assert (find_release(output, "run1") is None) == (writes <= 3)
+    if writes > 3:
+        verify(f"{output}/runs/run1")
+    release(output, files)
+    assert len(verify(output)) == 6
+
+
+def test_the_writes_counted_above_are_all_there_are(
+    tmp_path: Path, files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Failing(open_store(str(tmp_path / "out")), WRITES)
+    monkeypatch.setattr(module, "open_store", lambda uri: store)
+    release(str(tmp_path / "out"), files)
+    assert store.left == 0
+
+
+def test_a_damaged_object_of_a_torn_run_is_replaced(output: str, files: Files) -> None:
+    release(output, files)
+    name = next(name for name in listing(output) if "/objects/" in name)
+    damage(output, name)
+    release(output, files)
+    verify(output)
+
+
+@pytest.mark.parametrize("victim", ["/objects/", "voice-Q2_K.gguf", "README.md"])
+def test_verify_finds_a_flipped_byte_and_names_its_file(output: str, files: Files, victim: str) -> None:
+    release(output, files)
+    name = next(name for name in listing(output) if victim in name)
+    damage(output, name)
+    with pytest.raises(DataError, match=f"{name}.* does not match the manifest"):
+        verify(output)
+
+
+def damage(output: str, name: str) -> None:
+    store = open_store(output)
+    found = store.stat(name)
+    content = bytearray(store.read(name))
+    content[0] ^= 1
+    assert found and store.compare_and_swap(name, bytes(content), found.version)
+
+
+def test_verify_finds_a_missing_file(tmp_path: Path, files: Files) -> None:
+    release(str(tmp_path / "out"), files)
+    (tmp_path / "out" / "README.md").unlink()
+    with pytest.raises(DataError, match=r"README\.md is gone"):
+        verify(str(tmp_path / "out"))
+    assert len(verify(str(tmp_path / "out/runs/run1"))) == 3
+
+
+def test_verify_takes_the_output_the_run_or_the_manifest(output: str, files: Files) -> None:
+    release(output, files)
+    release(output, files, "run2")
+    assert len(verify(f"{output}/")) == 6
+    for run in ("run1", "run2"):
+        assert len(verify(f"{output}/runs/{run}")) == 3
+        assert len(verify(f"{output}/runs/{run}/MANIFEST.json")) == 3
+
+
+@pytest.mark.parametrize("part", ["", "/runs/run9", "/runs/run9/MANIFEST.json"])
+def test_verify_says_that_nothing_is_published(output: str, part: str) -> None:
+    with pytest.raises(InputMissing, match="published"):
+        verify(output + part)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "why"),
+    [
+        ('"run_id": "run1"', '"run_id": "run2"', "copied from elsewhere"),
+        ('"schema_version": 1', '"schema_version": 9', "schema version 9"),
+        ('"objects": [', '"objects": 5, "x": [', "not a manifest"),
+        ('"voice-Q2_K.gguf"', '"voice-Q4_K.gguf"', "result_digest"),
+        ('"README.md"', '"../README.md"', "cannot be an object's name"),
+        ('"README.md"', '"READYOU.md"', "another manifest"),
+        ("{", "", "not a manifest"),
+    ],
+)
+def test_an_altered_manifest_is_refused(tmp_path: Path, files: Files, old: str, new: str, why: str) -> None:
+    release(str(tmp_path / "out"), files)
+    path = tmp_path / "out/runs/run1/MANIFEST.json"
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new, 1))
+    with pytest.raises(QuotesmithError, match=why):
+        verify(str(tmp_path / "out"))
+
+
+def test_latest_moves_to_a_newer_release_but_never_back(
+    output: str, files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    newer = write(tmp_path / "newer", b"new weights", b"{}")
+    monkeypatch.setattr(module.time, "strftime", lambda *_: "2030-01-01T00:00:00Z")
+    release(output, files, "old")
+    monkeypatch.setattr(module.time, "strftime", lambda *_: "2031-01-01T00:00:00Z")
+    release(output, newer, "new")
+    assert listing(output)["voice-Q2_K.gguf"] == b"new weights"
+    release(output, files, "old")
+    assert json.loads(listing(output)["latest.json"])["run_id"] == "new"
+    assert listing(output)["voice-Q2_K.gguf"] == b"new weights"
+
+
+def test_completing_a_release_needs_only_its_objects(tmp_path: Path, files: Files) -> None:
+    output = str(tmp_path / "out")
+    release(output, files)
+    for name in ("latest.json", "README.md"):
+        (tmp_path / "out" / name).unlink()
+    found = find_release(output, "run1")
+    assert found and read_metrics(found) == {"seconds": 1}
+    module.complete(found)
+    assert len(verify(output)) == 6

@@ -1,0 +1,65 @@
+from types import SimpleNamespace
+
+from pipeline import report
+from pipeline.settings import as_table, resolve
+
+
+def ledger_row(stage, zeros):
+    interval = {"value": 30.0, "low": 25.0, "high": 36.0}
+    return {
+        "stage": stage,
+        "quotes": 20,
+        "tokens": 400,
+        "perplexity": interval,
+        "ppl_ratio": {"value": 1.0, "low": 1.0, "high": 1.0},
+        "size_bytes": 70_700_000,
+        "bits_per_weight": 4.43,
+        "zeros": zeros,
+    }
+
+
+METRICS = {
+    "stages": [{"name": "finetune", "seconds": 12.3}, {"name": "quantize", "seconds": 4.5}],
+    "ledger": [ledger_row("tuned", 0.0), ledger_row("nf4", {"value": None, "reason": "-"}), ledger_row("Q2_K", 0.01)],
+    "ggufs": [{"name": "voice-Q2_K.gguf"}],
+    "generations": {
+        "voice-Q2_K.gguf": {
+            "samples": [{"prompt": p, "seed": s, "text": f"{p} said {s}"} for p in ("I", "My", "The") for s in (1, 2)]
+        }
+    },
+}
+
+
+def outcome(now):
+    return SimpleNamespace(
+        metrics=METRICS,
+        published_now=now,
+        release=SimpleNamespace(uri="out/runs/abc123", output="out", files=[SimpleNamespace(name="voice-Q2_K.gguf")]),
+    )
+
+
+def test_the_run_ends_with_the_ledger_three_quotes_and_where_the_files_lie():
+    text = report.of_run(outcome(True))
+    row = next(line for line in text.splitlines() if line.startswith("Q2_K"))
+    assert [part in row for part in ("4.5", "30.0 (25.0 to 36.0)", "70.7 MB", "4.43", "0.010")] == [True] * 5
+    assert [line.strip() for line in text.splitlines() if "“" in line] == ["“I said 1”", "“My said 1”", "“The said 1”"]
+    assert "published: out/runs/abc123" in text and "out/voice-Q2_K.gguf" in text
+
+
+def test_a_release_that_was_there_is_not_called_published_now():
+    assert "already published" in report.of_run(outcome(False))
+
+
+def test_a_missing_number_is_a_dash():
+    row = next(line for line in report.of_run(outcome(True)).splitlines() if line.startswith("nf4"))
+    assert row.endswith("-")
+
+
+def test_sizes_are_read_in_powers_of_ten():
+    assert [report.size(n) for n in (12, 70_700_000, 1.5e9)] == ["12 B", "70.7 MB", "1.50 GB"]
+
+
+def test_the_settings_table_shows_empty_text_and_booleans_as_they_are_typed():
+    lines = report.of_settings(as_table(resolve({}, {}))).splitlines()
+    assert any(line.startswith("fourbit.enabled") and " true " in line for line in lines)
+    assert any(line.startswith("model.revision") and '""' in line for line in lines)

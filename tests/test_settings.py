@@ -1,0 +1,86 @@
+import pytest
+
+from pipeline.config import JobConfig
+from pipeline.errors import ConfigError
+from pipeline.settings import all_settings, as_table, resolve, value_of
+
+
+def test_the_defaults_are_the_users_recipe():
+    train, job = JobConfig().train, JobConfig()
+    assert (train.epochs, train.batch_size, train.accumulation) == (2, 4, 4)
+    assert (train.learning_rate, train.weight_decay) == (3e-4, 0.01)
+    assert (job.tokens.max_length, job.sparsity.ratio, job.quantize.types) == (128, 0.5, ("Q2_K",))
+    assert job.model.base == "openai-community/gpt2"
+
+
+def test_a_flag_beats_the_environment_beats_the_file_beats_the_default(tmp_path):
+    file = tmp_path / "job.yaml"
+    file.write_text("train:\n  epochs: 3\n  batch_size: 3\n  learning_rate: 0.003\n")
+    env = {"QUOTESMITH_TRAIN_EPOCHS": "4", "QUOTESMITH_TRAIN_BATCH_SIZE": "4", "HOME": "/root"}
+    resolved = resolve({"train.epochs": "5"}, env, str(file))
+    assert (resolved.config.train.epochs, resolved.origins["train.epochs"]) == (5, "flag --train.epochs")
+    assert resolved.config.train.batch_size == 4
+    assert resolved.origins["train.batch_size"] == "environment QUOTESMITH_TRAIN_BATCH_SIZE"
+    assert (resolved.config.train.learning_rate, resolved.origins["train.learning_rate"]) == (0.003, f"file {file}")
+    assert resolved.origins["train.weight_decay"] == "default"
+
+
+def test_the_config_file_can_be_named_by_the_environment(tmp_path):
+    file = tmp_path / "job.yaml"
+    file.write_text("train.epochs: 7\n")
+    assert resolve({}, {"QUOTESMITH_CONFIG": str(file)}).config.train.epochs == 7
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["Q2_K", "Q4_0"], ("Q2_K", "Q4_0")),
+        (["Q2_K,Q4_0"], ("Q2_K", "Q4_0")),
+        ('["Q2_K", "Q4_0"]', ("Q2_K", "Q4_0")),
+        (['["Q2_K"]'], ("Q2_K",)),
+    ],
+)
+def test_a_list_is_repeated_comma_separated_or_json(given, expected):
+    assert resolve({"quantize.types": given}, {}).config.quantize.types == expected
+
+
+def test_a_prompt_with_a_comma_survives_as_json():
+    assert resolve({"evaluate.prompts": '["Well, I"]'}, {}).config.evaluate.prompts == ("Well, I",)
+
+
+@pytest.mark.parametrize(
+    ("env", "flags", "file", "sentence"),
+    [
+        ({"QUOTESMITH_TRAIN_EPOCH": "1"}, {}, None, "did you mean QUOTESMITH_TRAIN_EPOCHS"),
+        ({}, {}, "trian:\n  epochs: 1\n", "unknown setting in"),
+        ({}, {}, "train:\n  epoch: 1\n", "did you mean train.epochs"),
+        ({}, {}, "- 1\n", "needed a mapping"),
+        ({}, {}, "a: [", "not valid YAML"),
+        ({}, {"train.epochs": "-1"}, None, r"train.epochs is '-1' \(flag --train.epochs\)"),
+        ({}, {"train.epochs": "nan"}, None, "train.epochs is 'nan'"),
+        ({}, {"sparsity.ratio": "1.5"}, None, "sparsity.ratio is '1.5'"),
+        ({}, {"sparsity.pattern": "1:4"}, None, "set sparsity.ratio to 0.75"),
+        ({}, {"sparsity.pattern": "4:2"}, None, "0 < n < m"),
+        ({}, {"sparsity.pattern": "2:4", "sparsity.scope": "global"}, None, "scope must be matrix"),
+        ({}, {"tokens.holdout": "0.5", "tokens.validation": "0.5"}, None, "leave quotes to train on"),
+        ({}, {"train.select_best": "true"}, None, "tokens.validation is 0"),
+        ({}, {"device": "cpu", "train.precision": "fp16"}, None, "fp16 needs a GPU"),
+        ({}, {"name": "../x"}, None, "name is '../x'"),
+        ({}, {"quantize.types": "[1"}, None, "JSON list"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_in_one_sentence(env, flags, file, sentence, tmp_path):
+    path = None
+    if file is not None:
+        (tmp_path / "job.yaml").write_text(file)
+        path = str(tmp_path / "job.yaml")
+    with pytest.raises(ConfigError, match=sentence) as error:
+        resolve(flags, env, path)
+    assert "\n" not in str(error.value)
+
+
+def test_every_setting_has_a_value_an_origin_and_a_meaning():
+    table = as_table(resolve({}, {}))
+    assert {row["key"] for row in table} == {setting.key for setting in all_settings()}
+    assert all(row["meaning"] and row["origin"] == "default" for row in table)
+    assert value_of(JobConfig(), "quantize.types") == ["Q2_K"]
