@@ -1,8 +1,7 @@
 """Bucket to corpus: find the input files, read their quotes, drop blanks and duplicates.
 
-Fetch is cheap next to training, so a job may run it every time and skip what follows by `Corpus.sha256`. To skip
-fetch too, compare `content_hash(resolve(inputs, cfg))`: it changes whenever an input's content does, and it
-downloads nothing.
+`resolve` finds the files and `fetch` reads them. To know whether fetch is already done for them, compare their
+`content_hash`: it changes whenever a file's content does, and it downloads nothing.
 """
 
 from __future__ import annotations
@@ -42,8 +41,13 @@ class Input:
     size_bytes: int
     place: Path | tuple[Store, str]
 
+    @property
+    def identity(self) -> str:
+        """Of the name alone; `content_hash` tells what is in it."""
+        return self.uri
 
-def fetch(inputs: tuple[str, ...], cfg: DataConfig, *, out: Path) -> Corpus:
+
+def fetch(inputs: Sequence[Input], cfg: DataConfig, *, out: Path) -> Corpus:
     """Every distinct quote of the inputs in `out`/quotes.jsonl, in the order read; the first of duplicates stays.
 
     Memory: two hashes for each distinct quote, about 200 bytes. InputMissing (66) names a file that is not there,
@@ -52,7 +56,7 @@ def fetch(inputs: tuple[str, ...], cfg: DataConfig, *, out: Path) -> Corpus:
     seen: dict[bytes, bytes] = {}
     path = out / "quotes.jsonl"
     with translated(path), path.open("w", encoding="utf-8") as file:
-        sources = tuple(take(source, cfg, seen, file, out) for source in resolve(inputs, cfg))
+        sources = tuple(take(source, cfg, seen, file, out) for source in inputs)
     corpus = Corpus(path, sha256_of(path), sources)
     log.info("fetch: %s", summary(corpus))
     return corpus

@@ -135,7 +135,9 @@ def prove_tokens(path: Path, corpus: Corpus, checkpoint: Path, tools: LlamaCpp) 
             found = llama_cpp.tokenize(tools, path, texts)
             for text, ours, theirs in zip(texts, needed, found, strict=True):
                 if ours != theirs:
-                    raise differs(path, f"llama.cpp tokenizes {text[:60]!r} as {theirs[:12]}…, trained was {ours[:12]}…")
+                    raise differs(
+                        path, f"llama.cpp tokenizes {text[:60]!r} as {theirs[:12]}…, trained was {ours[:12]}…"
+                    )
             count += len(texts)
     return count
 

@@ -53,7 +53,8 @@ def run(resolved: Resolved) -> Outcome:
     log.info("job: device %s (%s), llama.cpp %s, work_dir %s", *device, tools.version, cfg.work_dir)
     stages = Stages(cfg.work_dir)
 
-    corpus = stages.run(fetch, cfg.input, cfg.data, outside=content_hash(resolve(cfg.input, cfg.data)))
+    inputs = resolve(cfg.input, cfg.data)
+    corpus = stages.run(fetch, inputs, cfg.data, outside=content_hash(inputs))
     source = base_model.resolve(cfg.model)
     run_id = run_id_of(cfg, corpus, source)
     if release := find_release(cfg.output, run_id):
@@ -146,10 +147,14 @@ def lay_out(
     files["README.md"] = folder / "README.md"
     files["Modelfile"] = folder / "Modelfile"
     files["README.md"].write_text(card, encoding="utf-8")
-    files["Modelfile"].write_text(modelfile(names[0]), encoding="utf-8")
+    files["Modelfile"].write_text(modelfile(names[0], end_token(sparse)), encoding="utf-8")
     if cfg.publish.safetensors:
         files |= {f"safetensors/{path.name}": path for path in sorted(sparse.path.iterdir()) if path.is_file()}
     return files
+
+
+def end_token(checkpoint: Checkpoint) -> str:
+    return str(json.loads((checkpoint.path / "tokenizer_config.json").read_text(encoding="utf-8"))["eos_token"])
 
 
 def already_there(release: Release, cfg: JobConfig) -> Outcome:

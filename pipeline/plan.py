@@ -37,7 +37,8 @@ def plan(resolved: Resolved) -> Plan:
     cfg = resolved.config
     tools, device = preflight(cfg)
     stages = Stages(cfg.work_dir)
-    corpus = stages.run(fetch, cfg.input, cfg.data, outside=content_hash(resolve(cfg.input, cfg.data)))
+    inputs = resolve(cfg.input, cfg.data)
+    corpus = stages.run(fetch, inputs, cfg.data, outside=content_hash(inputs))
     base = stages.run(obtain, cfg.model, outside=base_model.resolve(cfg.model))
     tokens = stages.run(tokenize, corpus, base, cfg.tokens)
     sizes = predict_bytes(base.path, list(dict.fromkeys(("F16", *cfg.quantize.types))), tools, name=cfg.name)

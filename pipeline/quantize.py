@@ -29,7 +29,9 @@ ALIGNMENT = 32  # GGUF's default: every tensor's data starts at a multiple of it
 # "[   1/ 148] blk.0.ffn_up.weight - [ 768, 3072, 1, 1], type = f16, size = 4.50 MiB -> 0.74 MiB (q2_K)"
 FORETOLD = re.compile(r"\[ *\d+/ *\d+\] (\S+) .*?type = *(\w+), size = [^\n]*?(?:\((\w+)\))?\n")
 # "warning: NAME - ncols 576 not divisible by 256 (required for type q2_K) -> falling back to q4_0"
-FELL_BACK = re.compile(r"warning: (\S+) +- ncols +(\d+) not divisible by +(\d+) \(required for type +(\w+)\)[^\n]*to +(\w+)")
+FELL_BACK = re.compile(
+    r"warning: (\S+) +- ncols +(\d+) not divisible by +(\d+) \(required for type +(\w+)\)[^\n]*to +(\w+)"
+)
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,9 @@ def handle_fallbacks(kind: str, fallbacks: Sequence[Fallback], what: str) -> Non
         f"of {first.asked}, because its rows of {first.row} weights are not a multiple of {first.block}"
     )
     if what == "error":
-        raise ConfigError(f"{found}; choose a type with smaller blocks, such as Q4_0 or Q8_0, or quantize.fallback warn")
+        raise ConfigError(
+            f"{found}; choose a type with smaller blocks, such as Q4_0 or Q8_0, or quantize.fallback warn"
+        )
     log.warning("quantize: %s", found)
 
 

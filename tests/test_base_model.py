@@ -143,9 +143,7 @@ def fewer_rows(folder):
     edit(folder / "config.json", vocab_size=50000)
     rewrite(
         folder,
-        lambda weights: weights.update(
-            {"transformer.wte.weight": weights["transformer.wte.weight"][:50000].clone()}
-        ),
+        lambda weights: weights.update({"transformer.wte.weight": weights["transformer.wte.weight"][:50000].clone()}),
     )
 
 

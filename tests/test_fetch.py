@@ -20,6 +20,10 @@ Texts = dict[str, str]
 BOTH = {"kanye-quotes.txt": "“First one”\n\n“Second”\n", "trump-quotes.txt": "Third\r\nfourth!\r\n"}
 
 
+def read(inputs, cfg, *, out):
+    return fetch(resolve(inputs, cfg), cfg, out=out)
+
+
 class Place:
     """Where the inputs lie: a folder or a gs:// prefix, filled alike."""
 
@@ -56,7 +60,7 @@ def names(corpus: Corpus) -> list[str]:
 
 def test_the_default_files_of_a_folder_become_a_corpus(place: Place, out: Path) -> None:
     uri = place.fill({**BOTH, "zzz.txt": "not asked for"})
-    corpus = fetch((uri,), DataConfig(), out=out)
+    corpus = read((uri,), DataConfig(), out=out)
     assert texts(corpus) == ["First one", "Second", "Third", "fourth!"]
     assert names(corpus) == ["kanye-quotes.txt", "trump-quotes.txt"]
     rows = [json.loads(line) for line in corpus.path.read_text().splitlines()]
@@ -74,14 +78,14 @@ def test_a_folder_and_a_bucket_give_the_same_corpus(tmp_path: Path, gcs_bucket_u
     for number, uri in enumerate((str(tmp_path / "in"), f"{gcs_bucket_uri}/in/")):
         folder = tmp_path / str(number)
         folder.mkdir()
-        found.append(fetch((Place(uri).fill(BOTH),), DataConfig(), out=folder))
+        found.append(read((Place(uri).fill(BOTH),), DataConfig(), out=folder))
     assert found[0].sha256 == found[1].sha256
     assert [source.sha256 for source in found[0].sources] == [source.sha256 for source in found[1].sources]
 
 
 def test_duplicates_are_dropped_across_files_and_counted(place: Place, out: Path) -> None:
     uri = place.fill({"a.txt": '“Same”\nsame!\n"Same"\n...\nother\n', "b.txt": "SAME\nOther\nnew\nnew\n"})
-    corpus = fetch((uri,), DataConfig(), out=out)
+    corpus = read((uri,), DataConfig(), out=out)
     assert texts(corpus) == ["Same", "other", "new"]
     a, b = corpus.sources
     assert (a.found, a.blank, a.exact_duplicates, a.near_duplicates, a.kept) == (4, 1, 1, 1, 2)
@@ -92,7 +96,7 @@ def test_duplicates_are_dropped_across_files_and_counted(place: Place, out: Path
 def test_inputs_are_read_in_the_given_order(place: Place, out: Path) -> None:
     uri = place.fill({"b.txt": "b", "a.txt": "a", "sub/c.txt": "c", "sub/d.jsonl": '{"text": "d"}'})
     inputs = (f"{uri}/b.txt", f"{uri}/sub/", f"{uri}/[a]*.txt")
-    assert texts(fetch(inputs, DataConfig(), out=out)) == ["b", "c", "d", "a"]
+    assert texts(read(inputs, DataConfig(), out=out)) == ["b", "c", "d", "a"]
 
 
 def test_a_glob_crosses_folders_only_when_told(place: Place) -> None:
@@ -141,37 +145,37 @@ def test_without_default_files_every_text_file_is_taken(place: Place) -> None:
 @pytest.mark.parametrize("name", ["absent.txt", "absent/", "absent/*.txt", "only-notes"])
 def test_what_does_not_exist_is_missing_input(place: Place, name: str) -> None:
     uri = place.fill({"a.txt": "x", "only-notes/n.md": "n"})
-    with pytest.raises(InputMissing, match="absent|only-notes"):
+    with pytest.raises(InputMissing, match=r"absent|only-notes"):
         resolve((f"{uri}/{name}",), DataConfig())
 
 
 def test_an_empty_file_or_one_of_blanks_is_bad_data_and_named(place: Place, out: Path) -> None:
     uri = place.fill({"empty.txt": "", "blank.txt": "\n \n...\n"})
     with pytest.raises(DataError, match=r"empty\.txt is empty"):
-        fetch((f"{uri}/empty.txt",), DataConfig(), out=out)
+        read((f"{uri}/empty.txt",), DataConfig(), out=out)
     with pytest.raises(DataError, match=r"blank\.txt holds no quote, only 3 blank lines"):
-        fetch((f"{uri}/blank.txt",), DataConfig(), out=out)
+        read((f"{uri}/blank.txt",), DataConfig(), out=out)
     assert not (out / "download").exists()
 
 
 def test_a_file_named_twice_is_read_once_and_logged(place: Place, out: Path, caplog: pytest.LogCaptureFixture) -> None:
     uri = place.fill({"a.txt": "a\n"})
     with caplog.at_level(logging.WARNING):
-        corpus = fetch((f"{uri}/a.txt", uri, f"{uri}/*.txt"), DataConfig(), out=out)
+        corpus = read((f"{uri}/a.txt", uri, f"{uri}/*.txt"), DataConfig(), out=out)
     assert names(corpus) == ["a.txt"] and corpus.sources[0].exact_duplicates == 0
     assert caplog.text.count("named twice and read once") == 2
 
 
 def test_files_of_one_name_stay_apart(place: Place, out: Path) -> None:
     uri = place.fill({"x/q.txt": "one", "y/q.txt": "two"})
-    assert names(fetch((f"{uri}/x", f"{uri}/y"), DataConfig(), out=out)) == ["q.txt", "q.txt (2)"]
+    assert names(read((f"{uri}/x", f"{uri}/y"), DataConfig(), out=out)) == ["q.txt", "q.txt (2)"]
 
 
 def test_gzip_jsonl_and_a_utf8_mark_come_through_a_bucket(gcs_bucket_uri: str, out: Path) -> None:
     store = open_store(gcs_bucket_uri)
     store.put_if_absent("a.jsonl.gz", gzip.compress(b'{"text": "packed"}\n'))
     store.put_if_absent("b.txt", b"\xef\xbb\xbf\xe2\x80\x9cmarked\xe2\x80\x9d\r\n")
-    assert texts(fetch((gcs_bucket_uri,), DataConfig(), out=out)) == ["packed", "marked"]
+    assert texts(read((gcs_bucket_uri,), DataConfig(), out=out)) == ["packed", "marked"]
 
 
 def test_the_content_hash_follows_the_content(place: Place, tmp_path: Path) -> None:
@@ -185,7 +189,7 @@ def test_the_content_hash_follows_the_content(place: Place, tmp_path: Path) -> N
 
 def test_no_input_means_the_sample(out: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
-        corpus = fetch((), DataConfig(), out=out)
+        corpus = read((), DataConfig(), out=out)
     assert "embedded sample" in caplog.text
     assert [source.kept for source in corpus.sources] == [source.found for source in corpus.sources]
     assert names(corpus) == ["lighthouse-keeper.txt", "market-grandmother.txt"]
@@ -205,7 +209,7 @@ def test_a_file_uri_and_a_link_name_the_same_file(tmp_path: Path, caplog: pytest
 def test_a_link_is_read_by_its_own_name(tmp_path: Path, out: Path) -> None:
     (tmp_path / "blob").write_text('{"text": "linked"}')
     (tmp_path / "q.jsonl").symlink_to(tmp_path / "blob")
-    assert texts(fetch((str(tmp_path / "q.jsonl"),), DataConfig(), out=out)) == ["linked"]
+    assert texts(read((str(tmp_path / "q.jsonl"),), DataConfig(), out=out)) == ["linked"]
 
 
 def test_what_is_no_regular_file_is_refused(tmp_path: Path) -> None:
@@ -221,7 +225,7 @@ def test_what_is_no_regular_file_is_refused(tmp_path: Path) -> None:
 def test_a_file_over_the_limit_is_refused_before_it_is_read(place: Place, out: Path) -> None:
     uri = place.fill({"a.txt": "x" * 2000})
     with pytest.raises(DataError, match=r"a\.txt has 2000 bytes"):
-        fetch((uri,), DataConfig(max_file_bytes=1000), out=out)
+        read((uri,), DataConfig(max_file_bytes=1000), out=out)
 
 
 def test_a_missing_bucket_is_missing_input(gcs_bucket_uri: str) -> None:

@@ -21,12 +21,22 @@ LONGER = [[END, 1, 20, *range(10 + i, 40 + i), END] for i in range(3)]
 CONTRARY = [[END, 9, 9, 9, 9, 9]]  # the better the training quotes are learned, the worse this is predicted
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Matrices this small are done before a second thread has woken up."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """GPT-2 with a vocabulary of 64, because the embedding is what costs time; its tokenizer is only passed on."""
     path = tmp_path_factory.mktemp("tiny-gpt2")
     torch.manual_seed(0)
-    GPT2LMHeadModel(GPT2Config(vocab_size=64, n_layer=2, n_embd=64, n_head=4, n_positions=64)).save_pretrained(path)
+    shape = {"vocab_size": 64, "n_layer": 2, "n_embd": 64, "n_head": 4, "n_positions": 64}
+    GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=END, eos_token_id=END)).save_pretrained(path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (path / name).write_text(f'{{"name": "{name}"}}')
     return Checkpoint.of(path, {})
@@ -126,7 +136,9 @@ def test_a_loss_that_is_not_finite_stops_the_job(base, tokens, tmp_path, monkeyp
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 def test_adapters_train_little_and_leave_a_dense_model(method, base, tokens, tmp_path):
-    tuned = tune(base, tokens, tmp_path / "out", method=method, epochs=3, learning_rate=1e-2, accumulation=1, lora_rank=2)
+    tuned = tune(
+        base, tokens, tmp_path / "out", method=method, epochs=3, learning_rate=1e-2, accumulation=1, lora_rank=2
+    )
     model = load(tuned)
     assert tuned.facts["trainable_parameters"] < 0.1 * model.num_parameters()
     assert tuned.facts["total_parameters"] == model.num_parameters()

@@ -39,6 +39,7 @@ def test_ids_are_those_of_llama_cpp(model, request):
     assert [tokenizer.decode(row) for row in ids] == TRICKY
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "pre"), [("gpt2_vocab", "gpt-2"), ("smollm_gguf", "smollm")])
 def test_the_converter_knows_the_saved_pre_tokenizer_by_its_hash(model, pre, request, tmp_path):
     tokenizer_from_gguf(request.getfixturevalue(model)).save_pretrained(tmp_path)
