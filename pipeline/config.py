@@ -147,10 +147,10 @@ class ExportConfig(Section):
     """The F16 GGUF and its proof."""
 
     logits_tolerance: float = Field(
-        0.02,
+        0.01,
         gt=0,
         description="Largest allowed root-mean-square difference of llama.cpp's log-probabilities from torch's, "
-        "as a share of their standard deviation.",
+        "as a share of their standard deviation. Measured: 0.0005 to 0.001 for GPT-2 and SmolLM2.",
     )
 
 
@@ -195,7 +195,7 @@ class JobConfig(Section):
     name: ReleaseName = Field("gpt2-ye-trump", description="Files are called NAME-TYPE.gguf.")
     work_dir: Path = Field(Path("work"), description="Where stages keep their files; a rerun skips what is done.")
     llama_cpp: str = Field(
-        "", description="Folder with the llama.cpp tools. Default: the newest build in the cache, or PATH."
+        "", description="Folder with the llama.cpp tools. Default: the newest build in the cache."
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU if one is visible.")
     seed: int = Field(42, ge=0, lt=2**32)

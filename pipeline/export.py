@@ -47,8 +47,7 @@ def export(
         "quotes_tokenized": prove_tokens(path, corpus, checkpoint.path, tools),
         "logits": prove_logits(contents, checkpoint.path, tokens, cfg.logits_tolerance, tools),
     }
-    log.info("export: %d tensors and %d quotes' ids equal, logits within %.4f of %.4f allowed",
-             proof["tensors_equal"], proof["quotes_tokenized"], proof["logits"]["rms"], cfg.logits_tolerance)  # fmt: skip
+    log.info("export: proved %s", proof)
     facts = contents.describe() | {"proof": proof, "metadata": metadata}
     return GgufFile(path, sha256_of(path), path.stat().st_size, "F16", facts)
 
@@ -58,7 +57,15 @@ def convert(checkpoint: Path, tools: LlamaCpp, name: str, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         view = Path(folder)
         lay_out(checkpoint, view)
-        command = [sys.executable, tools.root / CONVERTER, view, "--outtype", "f16", "--outfile", path]
+        command: list[str | Path] = [
+            sys.executable,
+            tools.root / CONVERTER,
+            view,
+            "--outtype",
+            "f16",
+            "--outfile",
+            path,
+        ]
         child.run([*command, "--model-name", name], writes_in=path.parent)
     set_add_bos(path)
 

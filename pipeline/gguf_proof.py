@@ -179,7 +179,7 @@ def rounded_model(contents: GgufContents, checkpoint: Path) -> PreTrainedModel:
     stored, names = contents.tensors, name_map(model.config)
     with torch.no_grad():
         for hf_name, parameter in model.named_parameters():
-            parameter.copy_(parameter.to(DTYPES[stored[gguf_name(names, hf_name)].tensor_type.name]))
+            parameter.copy_(parameter.to(DTYPES[stored[str(gguf_name(names, hf_name))].tensor_type.name]))
     return model
 
 

@@ -179,7 +179,7 @@ def context_length(gguf: Path, modified: int) -> int:
 
 def bench(tools: LlamaCpp, gguf: Path) -> Speed:
     """Tokens per second of `gguf` on this machine's CPU, mean of three, and llama-bench's peak memory."""
-    command = [tools.program("llama-bench"), "--model", gguf, "--output", "json", "--threads", str(threads())]
+    command: list[str | Path] = [tools.program("llama-bench"), "--model", gguf, "--output", "json", "--threads", str(threads())]
     finished = child.run([*command, *BENCH])
     tests = json.loads(finished.stdout)
     prompt = next(float(test["avg_ts"]) for test in tests if test["n_prompt"])

@@ -93,7 +93,7 @@ def foretell(contents: GgufContents, kind: str, tools: LlamaCpp) -> Forecast:
 def stored_bytes(shape: Sequence[int], kind: str) -> int:
     """Bytes of one tensor with its padding. `shape` in GGUF's order: the row length first."""
     block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
-    size = math.prod(shape) // block * block_bytes
+    size = math.prod(shape) // int(block) * int(block_bytes)
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
@@ -106,9 +106,7 @@ def handle_fallbacks(kind: str, fallbacks: Sequence[Fallback], what: str) -> Non
         f"of {first.asked}, because its rows of {first.row} weights are not a multiple of {first.block}"
     )
     if what == "error":
-        raise ConfigError(
-            f"{found}; choose a type with smaller blocks, such as Q4_0 or Q8_0, or quantize.fallback warn"
-        )
+        raise ConfigError(f"{found}; choose Q8_0, whose blocks are 32 weights, or quantize.fallback warn")
     log.warning("quantize: %s", found)
 
 
@@ -125,7 +123,7 @@ def make(f16: GgufFile, kind: str, forecast: Forecast, tools: LlamaCpp, path: Pa
     if kind == "F16":
         os.link(f16.path, path)
     else:
-        command = [tools.program("llama-quantize"), f16.path, path, kind, str(threads())]
+        command: list[str | Path] = [tools.program("llama-quantize"), f16.path, path, kind, str(threads())]
         child.run(command, writes_in=path.parent)
     contents = GgufContents(path)
     require_foretold(contents, kind, forecast)

@@ -7,8 +7,12 @@ import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from pipeline.llama_cpp import LlamaCpp
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quotesmith"
@@ -70,3 +74,15 @@ def smollm_gguf() -> Path:
     if not path.is_file():
         pytest.skip(f"{path.name} is not in the cache; scripts/fetch_offline_model.sh puts it there")
     return path
+
+
+@pytest.fixture(scope="session")
+def llama_cpp() -> LlamaCpp:
+    """The compiled tools."""
+    from pipeline import llama_cpp as engine
+    from pipeline.errors import ConfigError
+
+    try:
+        return engine.find()
+    except ConfigError as e:
+        pytest.skip(str(e))

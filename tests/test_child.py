@@ -1,0 +1,48 @@
+import sys
+
+import pytest
+
+from pipeline import child
+from pipeline.errors import CheckFailed, MachineError
+
+
+def python(code):
+    return [sys.executable, "-c", code]
+
+
+def test_output_comes_back_even_if_it_is_not_utf8():
+    finished = child.run(python("import sys; sys.stdout.buffer.write(b'a\\xff'); print('b', file=sys.stderr)"))
+    assert (finished.stdout, finished.stderr) == ("a\ufffd", "b\n")
+
+
+def test_a_failing_program_is_told_by_its_last_line():
+    with pytest.raises(CheckFailed, match=r"exit code 3; its last line: the reason$"):
+        child.run(python("import sys; print('noise\\nthe reason\\n\\n', file=sys.stderr); sys.exit(3)"))
+
+
+def test_a_full_disk_is_the_machines_fault(tmp_path):
+    with pytest.raises(MachineError, match="is full"):
+        child.run(python("raise OSError(28, 'No space left on device')"), writes_in=tmp_path)
+
+
+def test_a_killed_program_is_the_machines_fault():
+    with pytest.raises(MachineError, match="memory"):
+        child.run(python("import os; os.kill(os.getpid(), 9)"))
+
+
+def test_no_child_outlives_an_interrupted_block():
+    with pytest.raises(KeyboardInterrupt), child.started(python("import time; time.sleep(600)"), stdout=-1) as (p, _):
+        raise KeyboardInterrupt
+    assert p.returncode == -9
+
+
+def test_the_childs_peak_memory_is_its_own_not_this_process():
+    ballast = bytearray(400 << 20)
+    ballast[::4096] = b"x" * len(ballast[::4096])  # resident, not only promised
+    peak = child.run(python("import time; x = b'x' * (50 << 20); time.sleep(0.3)")).peak_bytes
+    assert 50 << 20 < peak < 200 << 20
+
+
+def test_options_in_the_environment_do_not_reach_the_tools(monkeypatch):
+    monkeypatch.setenv("LLAMA_ARG_TEMP", "2")
+    assert child.run(python("import os; print(os.environ.get('LLAMA_ARG_TEMP'))")).stdout == "None\n"
