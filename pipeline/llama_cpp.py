@@ -1,7 +1,7 @@
 """llama.cpp's programs, as scripts/build_llama_cpp.sh leaves them: found, and asked for logits, ids, text, speed.
 
-Logits and token ids come from our own program, llama-probe; scripts/llama_cpp/llama_probe.cpp says what goes over
-its pipes. It answers each record before it reads the next, so writing one and reading one cannot deadlock, and
+Logits, token ids and texts come from our own program, llama-probe; scripts/llama_cpp/llama_probe.cpp says what goes
+over its pipes. It answers each record before it reads the next, so writing one and reading one cannot deadlock, and
 memory holds one answer at a time.
 """
 
@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 import subprocess
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import IO, NoReturn
 
@@ -23,9 +22,8 @@ import numpy as np
 from pipeline import child
 from pipeline.errors import CheckFailed, ConfigError
 
-PROGRAMS = ("llama-quantize", "llama-completion", "llama-bench", "llama-probe")
+PROGRAMS = ("llama-quantize", "llama-bench", "llama-probe")
 CONVERTER = Path("convert", "convert_hf_to_gguf.py")
-STOP_MARK = " [end of text]\n"  # llama-completion's, when the model ended its text before the limit
 BENCH = ("-p", "64", "-n", "32", "-r", "3")  # tokens of prompt, tokens to generate, repetitions
 WORD = np.dtype("<i4")
 
@@ -83,7 +81,7 @@ def logits(tools: LlamaCpp, gguf: Path, sequences: Iterable[Sequence[int]]) -> I
     with probe(tools, "logits", gguf, str(threads())) as pipe:
         n_vocab = int(pipe.words(2)[0])
         for ids in sequences:
-            pipe.send(len(ids), np.asarray(ids, dtype=WORD).tobytes())
+            pipe.send(len(ids).to_bytes(4, "little") + np.asarray(ids, dtype=WORD).tobytes())
             yield np.frombuffer(pipe.read(4 * len(ids) * n_vocab), dtype="<f4").reshape(len(ids), n_vocab)
 
 
@@ -91,8 +89,7 @@ def tokenize(tools: LlamaCpp, gguf: Path, texts: Iterable[str]) -> Iterator[list
     """The ids of each text: no special token added, none recognized in the text."""
     with probe(tools, "tokenize", gguf) as pipe:
         for text in texts:
-            data = text.encode()
-            pipe.send(len(data), data)
+            pipe.send(record(text.encode()))
             yield [int(word) for word in pipe.words(int(pipe.words(1)[0]))]
 
 
@@ -102,9 +99,9 @@ class Pipe:
     def __init__(self, process: child.Process, stderr: IO[bytes]) -> None:
         self.process, self.stderr = process, stderr
 
-    def send(self, count: int, items: bytes) -> None:
+    def send(self, data: bytes) -> None:
         try:
-            self.process.stdin.write(count.to_bytes(4, "little") + items)  # type: ignore[union-attr]
+            self.process.stdin.write(data)  # type: ignore[union-attr]
             self.process.stdin.flush()  # type: ignore[union-attr]
         except BrokenPipeError:
             self.fail()
@@ -122,6 +119,10 @@ class Pipe:
         self.process.wait()
         child.require_success(self.process, self.stderr)
         raise CheckFailed("llama-probe ended before it had answered")
+
+
+def record(text: bytes) -> bytes:
+    return len(text).to_bytes(4, "little") + text
 
 
 @contextmanager
@@ -142,44 +143,22 @@ def generate(
     top_p: float,
     repeat_penalty: float,
 ) -> Generation:
-    """What the model writes after `prompt`; after an empty one, from its begin token."""
-    with tempfile.NamedTemporaryFile("wb") as file:
-        file.write(prompt.encode())
-        file.flush()
-        finished = child.run([
-            tools.program("llama-completion"), "--model", gguf,
-            *(("--file", file.name, "--no-escape") if prompt else ()),  # bytes: no quoting, no backslash escapes
-            "--ctx-size", str(context_for(gguf, len(prompt.encode()) + max_new_tokens)),
-            "--predict", str(max_new_tokens), "--seed", str(seed), "--temp", str(temperature),
-            "--top-p", str(top_p), "--repeat-penalty", str(repeat_penalty),
-            "--top-k", "0", "--min-p", "0",  # off: nothing filters but what the settings name
-            "--threads", str(threads()),
-            "--no-conversation", "--no-display-prompt", "--simple-io", "--no-warmup", "--no-perf",
-        ])  # fmt: skip
-    return read_completion(finished.stdout)
+    """What the model writes after `prompt`; after an empty one, from its begin token.
 
-
-def read_completion(stdout: str) -> Generation:
-    """llama-completion ends its output with two line ends, after its mark if the model stopped by itself."""
-    text = stdout.removesuffix("\n\n")
-    return Generation(text.removesuffix(STOP_MARK), text.endswith(STOP_MARK))
-
-
-def context_for(gguf: Path, tokens: int) -> int:
-    """With a little slack, but never more than the model's own: past its learned positions GPT-2 aborts."""
-    return min(context_length(gguf, gguf.stat().st_mtime_ns), tokens + 16)
-
-
-@cache
-def context_length(gguf: Path, modified: int) -> int:
-    from pipeline.gguf_file import GgufContents
-
-    return int(GgufContents(gguf).metadata["context_length"])
+    Sampled by llama.cpp in its own order: repeat penalty over the last 64 tokens, top-p, temperature; 0 is greedy.
+    Ends at the model's own context at the latest. Raises `CheckFailed` for a prompt that fills it.
+    """
+    with probe(tools, "generate", gguf, str(threads())) as pipe:
+        seed %= 2**32 - 1  # the largest would ask llama.cpp for a random seed
+        pipe.send(struct.pack("<IIfff", seed, max_new_tokens, temperature, top_p, repeat_penalty))
+        pipe.send(record(prompt.encode()))
+        stopped, size = pipe.words(2)
+        return Generation(pipe.read(int(size)).decode(errors="replace"), bool(stopped))
 
 
 def bench(tools: LlamaCpp, gguf: Path) -> Speed:
     """Tokens per second of `gguf` on this machine's CPU, mean of three, and llama-bench's peak memory."""
-    command: list[str | Path] = [tools.program("llama-bench"), "--model", gguf, "--output", "json", "--threads", str(threads())]
+    command = [str(tools.program("llama-bench")), "--model", str(gguf), "--output", "json", "--threads", str(threads())]
     finished = child.run([*command, *BENCH])
     tests = json.loads(finished.stdout)
     prompt = next(float(test["avg_ts"]) for test in tests if test["n_prompt"])

@@ -14,6 +14,8 @@ import pytest
 if TYPE_CHECKING:
     from pipeline.llama_cpp import LlamaCpp
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as entrypoint.py does, before torch is imported
+
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quotesmith"
 

@@ -27,4 +27,4 @@ def inputs(checkpoint, folder):
     model, corpus = Checkpoint(checkpoint, "0" * 64), corpus_in(folder)
     out = folder / "tokens"
     out.mkdir()
-    return model, corpus, tokenize(corpus, model, TokensConfig(), out=out)
+    return model, corpus, tokenize(corpus, model, TokensConfig(holdout=0.3), out=out)
