@@ -124,9 +124,12 @@ def sources_table(metrics: Mapping[str, Any]) -> str:
 
 
 def base_of(metrics: Mapping[str, Any]) -> str:
+    """The base model's hub id, or the name alone of a folder or file: where it lay is nobody's business."""
     settings = metrics.get("settings") or []
     values = {row.get("key"): row.get("value") for row in settings if isinstance(row, Mapping)}
-    return str(values.get("model.base") or "")
+    base = str(values.get("model.base") or "")
+    is_id = base.count("/") <= 1 and not base.startswith((".", "/", "~")) and not base.endswith(".gguf")
+    return base if is_id else base.rstrip("/").rpartition("/")[2]
 
 
 def number(value: Any, form: str, scale: float = 1) -> str:

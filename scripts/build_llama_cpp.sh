@@ -28,8 +28,9 @@ die() { printf 'llama.cpp: %s\n' "$*" >&2; exit 1; }
 # Everything the programs depend on. A native build is only good for CPUs with the same instructions.
 build_key() {
     {
-        printf '%s\n' "$sha256" "${flags[@]}" "${CC:-} ${CXX:-} ${CFLAGS:-} ${CXXFLAGS:-}" "$(uname -sm)"
-        cat "${BASH_SOURCE[0]}" "$recipe"/*
+        printf '%s\n' "$sha256" "${flags[@]}" "${programs[@]}" "${CC:-} ${CXX:-} ${CFLAGS:-} ${CXXFLAGS:-}" "$(uname -sm)"
+        declare -f compile collect   # not the whole script: a comment is no reason to build again
+        cat "$recipe"/*
         if [ "${LLAMA_CPP_NATIVE:-ON}" = ON ]; then
             grep -m1 -E '^(flags|Features)' /proc/cpuinfo 2>/dev/null || uname -p
         fi
@@ -82,11 +83,21 @@ need_tools() {
 compile() {
     cmake -G Ninja -S "$recipe" -B "$work/build" "${flags[@]}" -DLLAMA_CPP_SOURCE="$work/source" \
         -DLLAMA_BUILD_NUMBER=0 -DLLAMA_BUILD_COMMIT="$package-$version" >>"$log" 2>&1 || failed "cmake failed"
-    # ninja numbers its steps "[57/143] ..."; one line for each tenth is enough
-    cmake --build "$work/build" --target "${programs[@]}" 2>&1 | tee -a "$log" | awk -F'[][/]' '
-        /^\[[0-9]+\/[0-9]+\]/ && (tenth = int(10 * $2 / $3)) > last {
-            last = tenth; printf "llama.cpp: compiling, %d%%\n", 10 * tenth; fflush()
-        }' || failed "the compilation failed"
+    cmake --build "$work/build" --target "${programs[@]}" 2>&1 | tee -a "$log" | show_progress ||
+        failed "the compilation failed"
+}
+
+# ninja numbers its steps "[57/143] ..."; one line for each tenth is enough. Not awk: Debian's holds its input back.
+show_progress() {
+    local line tenth last=0
+    while IFS= read -r line; do
+        [[ $line =~ ^\[([0-9]+)/([0-9]+)\] ]] || continue
+        tenth=$((10 * BASH_REMATCH[1] / BASH_REMATCH[2]))
+        if [ "$tenth" -gt "$last" ]; then
+            last=$tenth
+            say "compiling, $((10 * tenth))%"
+        fi
+    done
 }
 
 # The finished folder, under a name of its own until it is complete.

@@ -15,8 +15,9 @@ find_python() {
 make_environment() {
   local python stamp
   python=$(find_python)
-  stamp=.venv/.installed-$(cat pyproject.toml requirements.lock <(echo "${SETUP_EXTRAS:-} $python") | sha256sum | cut -c1-16)
-  if [ ! -e "$stamp" ]; then
+  # The name with the extras begins with the name without them: what has more serves for less.
+  stamp=.venv/.installed-$(cat pyproject.toml requirements.lock | sha256sum | cut -c1-16)${SETUP_EXTRAS:+-$SETUP_EXTRAS}
+  if ! compgen -G "$stamp*" >/dev/null; then
     echo "setup: installing the dependencies into .venv (log: .venv/install.log)" >&2
     [ -x .venv/bin/pip ] || "$python" -m venv --clear .venv || {
       echo "setup: $python cannot make a virtual environment; install its venv module (apt-get install python3-venv)" >&2

