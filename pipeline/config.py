@@ -88,17 +88,21 @@ class TrainConfig(Section):
     max_steps: int = Field(0, ge=0, description="Stop after this many optimizer steps; 0: epochs decide.")
     batch_size: int = Field(4, ge=1, description="Examples a step on one device.")
     accumulation: int = Field(4, ge=1, description="Batches whose gradients are added up for one step.")
-    learning_rate: float = Field(3e-4, gt=0, le=1)
-    weight_decay: float = Field(0.01, ge=0, le=1)
+    learning_rate: float = Field(3e-4, gt=0, le=1, description="The highest learning rate of the schedule.")
+    weight_decay: float = Field(0.01, ge=0, le=1, description="AdamW's pull of the weights to zero.")
     warmup_ratio: Share = Field(0.0, description="Share of the steps over which the learning rate rises.")
-    scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
+        "linear", description="How the learning rate falls after the warm-up."
+    )
     max_grad_norm: float = Field(1.0, ge=0, description="Gradients are clipped to this norm; 0: not clipped.")
     precision: Literal["auto", "fp32", "fp16", "bf16"] = Field(
         "auto", description="auto: fp16 with fp32 master weights on a GPU, fp32 on a CPU."
     )
-    lora_rank: int = Field(16, ge=1, le=1024)
-    lora_alpha: float = Field(32, gt=0)
-    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    lora_rank: int = Field(16, ge=1, le=1024, description="Rank of the adapters (lora, qlora).")
+    lora_alpha: float = Field(32, gt=0, description="Adapters are scaled by alpha / rank.")
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.05, description="Share of adapter inputs dropped while training."
+    )
     select_best: bool = Field(False, description="Keep the epoch with the lowest validation loss, not the last.")
     early_stopping: int = Field(
         0, ge=0, description="Stop after this many epochs without a lower validation loss; 0: never."
@@ -115,7 +119,7 @@ class FourbitConfig(Section):
 class SparsityConfig(Section):
     """Zeroing weights of the block matrices."""
 
-    method: str = Field("magnitude", description="A file name in pipeline/sparsity/.")
+    method: str = Field("magnitude", description="magnitude, random: a file in pipeline/sparsity/.")
     ratio: Annotated[float, Field(ge=0, lt=1)] = Field(0.5, description="Share of weights set to zero.")
     scope: Literal["matrix", "global"] = Field(
         "matrix", description="matrix: the same share in each; global: one threshold for all."
@@ -172,10 +176,10 @@ class EvaluateConfig(Section):
         ("I", "The", "People", "You have to", "My", "Never"), description="Beginnings of the sample generations."
     )
     samples: int = Field(4, ge=1, description="Generations for each prompt, each with its own seed.")
-    max_new_tokens: int = Field(80, ge=1)
-    temperature: float = Field(0.8, ge=0)
-    top_p: float = Field(0.95, gt=0, le=1)
-    repeat_penalty: float = Field(1.1, ge=1)
+    max_new_tokens: int = Field(80, ge=1, description="A generation that has not stopped by itself is cut here.")
+    temperature: float = Field(0.8, ge=0, description="Of the generations; 0 always takes the most likely token.")
+    top_p: float = Field(0.95, gt=0, le=1, description="Sample from the most likely tokens that make up this share.")
+    repeat_penalty: float = Field(1.1, ge=1, description="How much less likely a token of the last 64 is made.")
 
 
 class PublishConfig(Section):
@@ -194,11 +198,9 @@ class JobConfig(Section):
     output: str = Field("out", min_length=1, description="A folder or a gs:// prefix for the release.")
     name: ReleaseName = Field("gpt2-ye-trump", description="Files are called NAME-TYPE.gguf.")
     work_dir: Path = Field(Path("work"), description="Where stages keep their files; a rerun skips what is done.")
-    llama_cpp: str = Field(
-        "", description="Folder with the llama.cpp tools. Default: the newest build in the cache."
-    )
+    llama_cpp: str = Field("", description="Folder with the llama.cpp tools. Default: the newest build in the cache.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU if one is visible.")
-    seed: int = Field(42, ge=0, lt=2**32)
+    seed: int = Field(42, ge=0, lt=2**32, description="Of training, pruning, resampling and generations.")
     log_format: Literal["auto", "text", "json"] = Field(
         "auto", description="auto: text and progress bars on a terminal, else one JSON object a line."
     )
