@@ -79,7 +79,7 @@ def config(context: click.Context, config_file: str | None, as_json: bool) -> No
 
 @cli.command()
 @click.argument("gguf", type=click.Path(exists=True, dir_okay=False))
-@click.option("--prompt", default="I", help="How the quotes begin. [default: I]")
+@click.option("--prompt", default="", help="How the quotes begin. [default: as the model likes]")
 @click.option("--count", default=1, type=click.IntRange(1), help="How many quotes. [default: 1]")
 @click.option("--seed", default=42, type=click.IntRange(0), help="The first seed. [default: 42]")
 @click.option("--max-new-tokens", default=80, type=click.IntRange(1), help="[default: 80]")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from pipeline.errors import CheckFailed, MachineError
+from pipeline.meter import saw_tool
 
 LEAST_FREE_BYTES = 1 << 20  # a program that failed while writing, with less than this left, failed for lack of disk
 
@@ -35,6 +36,7 @@ def run(command: Sequence[str | Path], *, writes_in: Path | None = None) -> Fini
     """
     with tempfile.TemporaryFile() as stdout, started(command, stdout=stdout) as (process, stderr):
         peak_bytes = watch(process)
+        saw_tool(peak_bytes)
         require_success(process, stderr, writes_in)
         return Finished(text_of(stdout), text_of(stderr), peak_bytes)
 

@@ -13,7 +13,6 @@ BASE_MODEL = "openai-community/gpt2"
 BASE_REVISION = "607a30d783dfa663caf39e06633721c8d4cfcd7e"  # the hub's main since 2024-02-19; pinned: main can move
 
 Share = Annotated[float, Field(ge=0, le=1)]
-NonEmpty = Annotated[str, StringConstraints(min_length=1)]
 ReleaseName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 
 
@@ -172,8 +171,8 @@ class EvaluateConfig(Section):
 
     max_quotes: int = Field(500, ge=1, description="Held-out quotes to score at most (the same for every row).")
     bootstrap: int = Field(10_000, ge=100, description="Resamples behind each 95% interval.")
-    prompts: tuple[NonEmpty, ...] = Field(
-        ("I", "The", "People", "You have to", "My", "Never"), description="Beginnings of the sample generations."
+    prompts: tuple[str, ...] = Field(
+        ("", "I", "The", "People", "You have to", "My"), description="Beginnings of the sample generations."
     )
     samples: int = Field(4, ge=1, description="Generations for each prompt, each with its own seed.")
     max_new_tokens: int = Field(80, ge=1, description="A generation that has not stopped by itself is cut here.")

@@ -75,7 +75,9 @@ def examples(
     with corpus.path.open(encoding="utf-8") as file:
         while lines := list(islice(file, BATCH)):
             quotes = [json.loads(line) for line in lines]
-            encoded = tokenizer([quote["text"] for quote in quotes], add_special_tokens=False)["input_ids"]
+            texts = [quote["text"] for quote in quotes]
+            # split_special_tokens: "<|endoftext|>" inside a quote is text, as llama.cpp takes it, not an end.
+            encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
             yield [
                 (split_of(quote["key"], cfg), example(quote, ids, begin, end, cfg.max_length))
                 for quote, ids in zip(quotes, encoded, strict=True)

@@ -59,6 +59,13 @@ def test_a_quote_keeps_its_side_whatever_else_is_in_the_corpus():
     assert first / 2**64 < 0.1  # decided by the hash alone
 
 
+def test_an_end_mark_inside_a_quote_is_text_and_not_the_end(base, tmp_path, out):
+    texts = ["stop <|endoftext|> go on"] + [f"short {i}" for i in range(40)]
+    tokens = tokenize(corpus_of(texts, tmp_path), base, TokensConfig(holdout=0.2), out=out)
+    row = next(row for row in all_rows(tokens) if "stop" in row["text"])
+    assert row["input_ids"].count(EOT) == 2
+
+
 def test_a_larger_holdout_only_adds_quotes():
     keys = [f"quote {i}" for i in range(500)]
     small = {k for k in keys if split_of(k, TokensConfig(holdout=0.1)) == "holdout"}
