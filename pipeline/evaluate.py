@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -67,6 +68,13 @@ def evaluate(
     return Evaluation(path, sha256_of(path), result)
 
 
+def held_out(tokens: TokenDataset, at_most: int) -> list[list[int]]:
+    """Token ids of the held-out quotes; of too many, ones evenly spaced, so that every source has its share."""
+    split = load_split(tokens, "holdout")
+    chosen = np.linspace(0, len(split) - 1, min(at_most, len(split))).round().astype(int)
+    return list(split.select(chosen)["input_ids"])
+
+
 def load_fp32(checkpoint: Checkpoint, device: str) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32).to(device).eval()
 
@@ -75,7 +83,7 @@ class Scoreboard:
     """The rows so far, and what all of them share: quotes, the tuned model, the bootstrap's draws."""
 
     def __init__(self, tuned: Checkpoint, tokens: TokenDataset, cfg: EvaluateConfig, device: str, seed: int) -> None:
-        self.sequences: list[list[int]] = load_split(tokens, "holdout")[: cfg.max_quotes]["input_ids"]
+        self.sequences = held_out(tokens, cfg.max_quotes)
         self.text_bytes = text_bytes(self.sequences, tuned, tokens)
         self.device = device
         self.tuned_model = load_fp32(tuned, device)
