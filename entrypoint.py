@@ -14,12 +14,13 @@ from typing import Any
 import click
 
 from pipeline import __version__, logs
-from pipeline.errors import MachineError, NotAllowed, QuotesmithError
-from pipeline.options import job_options
+from pipeline.errors import DataError, MachineError, NotAllowed, QuotesmithError
+from pipeline.options import job_options, sampling_options
 from pipeline.settings import Resolved, as_table, resolve
 
 log = logging.getLogger("quotesmith")
 
+KEPT = "a run keeps its finished stages, and the same command goes on after them"
 NO_SPACE = (28, 122)  # ENOSPC, EDQUOT
 GROUP = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
@@ -81,22 +82,24 @@ def config(context: click.Context, config_file: str | None, as_json: bool) -> No
 @click.argument("gguf", type=click.Path(exists=True, dir_okay=False))
 @click.option("--prompt", default="", help="How the quotes begin. [default: as the model likes]")
 @click.option("--count", default=1, type=click.IntRange(1), help="How many quotes. [default: 1]")
-@click.option("--seed", default=42, type=click.IntRange(0), help="The first seed. [default: 42]")
-@click.option("--max-new-tokens", default=80, type=click.IntRange(1), help="[default: 80]")
-@click.option("--temperature", default=0.8, type=click.FloatRange(0), help="[default: 0.8]")
-@click.option("--top-p", default=0.95, type=click.FloatRange(0, 1, min_open=True), help="[default: 0.95]")
-@click.option("--repeat-penalty", default=1.1, type=click.FloatRange(1), help="[default: 1.1]")
+@click.option("--seed", default=42, type=click.IntRange(0, 2**32 - 1), help="The first seed. [default: 42]")
+@sampling_options
 @click.option("--llama-cpp", default="", help="Folder of the llama.cpp tools.")
-def generate(gguf: str, prompt: str, count: int, seed: int, llama_cpp: str, **sampling: Any) -> None:
+def generate(gguf: str, prompt: str, count: int, seed: int, llama_cpp: str, **sampling: str) -> None:
     """Let a GGUF file write quotes, through llama.cpp."""
     logs.configure("auto")
+    chosen = resolve({f"evaluate.{name}": value for name, value in sampling.items()}, {}).config.evaluate
     from pathlib import Path
 
     from pipeline import llama_cpp as engine
 
+    path = Path(gguf)
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise DataError(f"{gguf} is not a GGUF file; give the model file that a run published")
     tools = engine.find(llama_cpp)
     for number in range(seed, seed + count):
-        click.echo(prompt + engine.generate(tools, Path(gguf), prompt, seed=number, **sampling).text)
+        click.echo(prompt + engine.generate(tools, path, prompt, seed=number, **chosen.sampling).text)
 
 
 @cli.command()
@@ -125,6 +128,7 @@ def on_sigterm(number: int, frame: FrameType | None) -> None:
 def main() -> None:
     """Run the command line; end with the exit code of `pipeline/errors.py`, and a traceback only for our bugs."""
     signal.signal(signal.SIGTERM, on_sigterm)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell started this with &
     prepare_environment()
     sys.exit(exit_code_of(lambda: cli(standalone_mode=False)))
 
@@ -149,14 +153,11 @@ def exit_code_of(command: Any) -> int:
     except QuotesmithError as e:
         return fail(e)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("stopped by SIGINT; finished stages are kept, nothing was published", err=True)
+        click.echo(f"stopped by SIGINT; {KEPT}", err=True)
         return 130
     except Stopped:
-        click.echo("stopped by SIGTERM; finished stages are kept, nothing was published", err=True)
+        click.echo(f"stopped by SIGTERM; {KEPT}", err=True)
         return 143
-    except BrokenPipeError:
-        sys.stderr.close()
-        return 141
     except PermissionError as e:
         return fail(NotAllowed(f"{e.filename} cannot be opened or written: {e.strerror}"))
     except OSError as e:

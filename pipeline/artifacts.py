@@ -66,6 +66,13 @@ class Checkpoint:
         hashed = [path / "config.json", path / "tokenizer.json", *path.glob("*.safetensors")]
         return cls(path, sha256_of_files(hashed), facts)
 
+    def files(self) -> list[Path]:
+        """What others need to load it; not what else lies in the folder."""
+        names = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+        return [path for name in names if (path := self.path / name).is_file()] + sorted(
+            self.path.glob("*.safetensors*")
+        )
+
     def copy_tokenizer(self, out: Path) -> None:
         """File by file: saving a loaded tokenizer again drops add_bos_token, which llama.cpp's converter reads."""
         for path in (self.path / "tokenizer.json", self.path / "tokenizer_config.json"):

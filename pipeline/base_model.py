@@ -22,7 +22,6 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -30,8 +29,11 @@ from pipeline.artifacts import Checkpoint, Facts, sha256_of_files
 from pipeline.config import BASE_MODEL, BASE_REVISION, ModelConfig
 from pipeline.errors import ConfigError, DataError, InputMissing, NotAllowed, ServiceUnavailable
 from pipeline.gguf_model import model_from_gguf
+from pipeline.storage.local import local_path
 
 log = logging.getLogger(__name__)
+
+EXPORTED = ("gpt2", "llama")  # the model types whose GGUF `gguf_proof.py` can prove
 
 WEIGHTS = "model*.safetensors"  # never .bin: unpickling runs code
 FILES = (
@@ -80,16 +82,16 @@ def resolve(cfg: ModelConfig) -> str:
 
 def on_disk(cfg: ModelConfig) -> Path | None:
     """The folder or .gguf file that `cfg.base` names; None when it is a hub id."""
-    path = Path(cfg.base).expanduser()
+    path = local_path(cfg.base)
     if not path.exists():
         if path.suffix == ".gguf" or not HUB_ID.fullmatch(cfg.base):
             raise InputMissing(f"model.base {cfg.base} does not exist")
         return None
     if cfg.revision:
         raise ConfigError(f"model.revision is for hub ids, but model.base {cfg.base} is on disk; leave it out")
-    if path.is_file() and path.suffix != ".gguf":
+    if not path.is_dir() and path.suffix != ".gguf":
         raise ConfigError(
-            f"model.base {cfg.base} is a file but no .gguf; give a folder with config.json and safetensors"
+            f"model.base {cfg.base} is neither a folder nor a .gguf file; give one with config.json and safetensors"
         )
     return path
 
@@ -155,7 +157,7 @@ def load(folder: Path, base: str) -> tuple[PreTrainedModel, PreTrainedTokenizerB
             folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as e:
+    except Exception as e:  # whatever transformers trips over, these files are not ours
         raise DataError(f"model.base {base} cannot be loaded ({first_line(e)}); fetch its files again") from e
     if report["missing_keys"]:  # transformers fills them with random numbers
         missing = sorted(report["missing_keys"])
@@ -182,9 +184,11 @@ def require_files(names: Iterable[str], base: str) -> None:
 def require_causal_lm(config_json: Path, base: str) -> None:
     try:
         config = json.loads(config_json.read_text(encoding="utf-8"))
-        kind, architectures = config.get("model_type", "nothing"), config.get("architectures") or []
-    except (ValueError, AttributeError) as e:
+        kind, architectures = str(config.get("model_type", "nothing")), config.get("architectures") or []
+    except (ValueError, AttributeError, RecursionError) as e:
         raise DataError(f"config.json of model.base {base} is not a JSON object ({e})") from e
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        raise DataError(f"config.json of model.base {base} has architectures {architectures!r}; needed a list of names")
     known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind, ())
     needed = (known,) if isinstance(known, str) else tuple(known)
     if not needed or (architectures and not set(needed) & set(architectures)):
@@ -192,6 +196,11 @@ def require_causal_lm(config_json: Path, base: str) -> None:
             f"model.base {base} is not a causal language model: its config.json says {kind}, "
             f"{', '.join(architectures) or 'no architecture'}; needed one that predicts the next token, such as "
             f"{' or '.join(needed) or 'GPT2LMHeadModel or LlamaForCausalLM'}"
+        )
+    if kind not in EXPORTED:
+        raise ConfigError(
+            f"model.base {base} is of the type {kind}, whose GGUF this job cannot prove; choose a model of the type "
+            f"{' or '.join(EXPORTED)}"
         )
 
 

@@ -3,16 +3,18 @@ table are made from it (`settings.py`); stages receive only their own section.""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
 DEFAULT_FILES = ("kanye-quotes.txt", "trump-quotes.txt")
 BASE_MODEL = "openai-community/gpt2"
 BASE_REVISION = "607a30d783dfa663caf39e06633721c8d4cfcd7e"  # the hub's main since 2024-02-19; pinned: main can move
 
 Share = Annotated[float, Field(ge=0, le=1)]
+NonEmpty = Annotated[str, StringConstraints(min_length=1)]
 ReleaseName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 
 
@@ -23,8 +25,9 @@ class Section(BaseModel):
 class DataConfig(Section):
     """Which text, and how it becomes quotes."""
 
-    files: tuple[str, ...] = Field(
+    files: tuple[NonEmpty, ...] = Field(
         DEFAULT_FILES,
+        min_length=1,
         description="File names or globs to take from each input folder or prefix. If none of the default names "
         "is there, every .txt and .jsonl file (also .gz) is taken.",
     )
@@ -129,14 +132,25 @@ class SparsityConfig(Section):
         description="unstructured, or n:m: at most n weights of each m neighbours in a row stay.",
     )
 
+    @property
+    def kept(self) -> tuple[int, int]:
+        """n and m of an n:m pattern."""
+        n, m = self.pattern.split(":")
+        return int(n), int(m)
+
+    @property
+    def exact_ratio(self) -> float:
+        """The share of zeros to make and to measure: 1:3 is two thirds, however it was rounded in `ratio`."""
+        return self.ratio if self.pattern == "unstructured" else 1 - self.kept[0] / self.kept[1]
+
     @model_validator(mode="after")
     def pattern_agrees(self) -> Self:
         if self.pattern == "unstructured":
             return self
-        n, m = (int(part) for part in self.pattern.split(":"))
+        n, m = self.kept
         if not 0 < n < m:
             raise ValueError(f"sparsity.pattern {self.pattern} keeps n of m weights, so 0 < n < m is needed")
-        if abs(self.ratio - (1 - n / m)) > 1e-9:
+        if abs(self.ratio - (1 - n / m)) > 1e-3:
             raise ValueError(
                 f"sparsity.pattern {self.pattern} zeroes {1 - n / m:g} of the weights, but sparsity.ratio is "
                 f"{self.ratio:g}; set sparsity.ratio to {1 - n / m:g}"
@@ -166,19 +180,32 @@ class QuantizeConfig(Section):
     )
 
 
+SAMPLING = ("max_new_tokens", "temperature", "top_p", "repeat_penalty")
+
+
 class EvaluateConfig(Section):
     """The ledger."""
 
-    max_quotes: int = Field(500, ge=1, description="Held-out quotes to score at most (the same for every row).")
-    bootstrap: int = Field(10_000, ge=100, description="Resamples behind each 95% interval.")
+    max_quotes: int = Field(500, ge=2, description="Held-out quotes to score at most (the same for every row).")
+    bootstrap: int = Field(10_000, ge=100, le=1_000_000, description="Resamples behind each 95% interval.")
     prompts: tuple[str, ...] = Field(
-        ("", "I", "The", "People", "You have to", "My"), description="Beginnings of the sample generations."
+        ("", "I", "The", "People", "You have to", "My"),
+        min_length=1,
+        description="Beginnings of the sample generations.",
     )
-    samples: int = Field(4, ge=1, description="Generations for each prompt, each with its own seed.")
-    max_new_tokens: int = Field(80, ge=1, description="A generation that has not stopped by itself is cut here.")
-    temperature: float = Field(0.8, ge=0, description="Of the generations; 0 always takes the most likely token.")
+    samples: int = Field(4, ge=1, le=1000, description="Generations for each prompt, each with its own seed.")
+    max_new_tokens: int = Field(
+        80, ge=1, le=100_000, description="A generation that has not stopped by itself is cut here."
+    )
+    temperature: float = Field(
+        0.8, ge=0, le=100, description="Of the generations; 0 always takes the most likely token."
+    )
     top_p: float = Field(0.95, gt=0, le=1, description="Sample from the most likely tokens that make up this share.")
-    repeat_penalty: float = Field(1.1, ge=1, description="How much less likely a token of the last 64 is made.")
+    repeat_penalty: float = Field(1.1, ge=1, le=100, description="How much less likely a token of the last 64 is made.")
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in SAMPLING}
 
 
 class PublishConfig(Section):
@@ -214,12 +241,22 @@ class JobConfig(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     publish: PublishConfig = PublishConfig()
 
+    @field_validator("work_dir")
+    @classmethod
+    def at_home(cls, path: Path) -> Path:
+        """A ~ from YAML or a container's environment, where no shell has replaced it."""
+        return Path(os.path.expanduser(path))  # noqa: PTH111  (Path.expanduser raises for an unknown user)
+
     @model_validator(mode="after")
     def settings_agree(self) -> Self:
         if (self.train.early_stopping or self.train.select_best) and not self.tokens.validation:
             raise ValueError(
                 "train.early_stopping and train.select_best choose by validation loss, but tokens.validation is 0; "
                 "set tokens.validation to 0.1 (the hold-out stays unseen)"
+            )
+        if self.train.scheduler == "constant" and self.train.warmup_ratio:
+            raise ValueError(
+                "train.scheduler constant has no warm-up, but train.warmup_ratio is set; use constant_with_warmup"
             )
         if self.device == "cpu" and self.train.precision == "fp16":
             raise ValueError("train.precision fp16 needs a GPU, but device is cpu; use fp32 or bf16")

@@ -22,6 +22,7 @@ from pipeline.generations import Sample, describe
 from pipeline.ledger import Interval, Measured, Row
 from pipeline.llama_cpp import LlamaCpp
 from pipeline.matrices import block_matrices, weight_of
+from pipeline.progress import bar
 from pipeline.scoring import Reference, score, torch_logits
 from pipeline.tokens import load_split
 
@@ -60,7 +61,7 @@ def evaluate(
     result = {
         "ledger": [asdict(row) for row in board.rows],
         "nf4": nf4,
-        "speed": {file.path.name: asdict(llama_cpp.bench(tools, file.path)) for file in files},
+        "speed": {file.path.name: asdict(llama_cpp.bench(tools, file.path)) for file in quantized.files},
         "generations": {file.path.name: write(file, tools, tokens, cfg, seed) for file in quantized.files},
     }
     path = out / "evaluation.json"
@@ -121,7 +122,7 @@ class Scoreboard:
         bits: float,
         zeros: Measured,
     ) -> None:
-        scores = score(logits, self.reference, self.sequences)
+        scores = score(bar(logits, f"evaluate {stage}", len(self.sequences)), self.reference, self.sequences)
         row = Row(
             stage=stage,
             file=file,
@@ -164,17 +165,8 @@ def zeros_of(model: PreTrainedModel) -> float:
 
 def write(file: GgufFile, tools: LlamaCpp, tokens: TokenDataset, cfg: EvaluateConfig, seed: int) -> dict[str, Any]:
     samples = []
-    for prompt in cfg.prompts:
-        for number in range(seed, seed + cfg.samples):
-            generation = llama_cpp.generate(
-                tools,
-                file.path,
-                prompt,
-                seed=number,
-                max_new_tokens=cfg.max_new_tokens,
-                temperature=cfg.temperature,
-                top_p=cfg.top_p,
-                repeat_penalty=cfg.repeat_penalty,
-            )
-            samples.append(Sample(prompt, number, prompt + generation.text, generation.stopped))
+    asked = [(prompt, number) for prompt in cfg.prompts for number in range(seed, seed + cfg.samples)]
+    for prompt, number in bar(asked, f"generate {file.type}"):
+        generation = llama_cpp.generate(tools, file.path, prompt, seed=number, **cfg.sampling)
+        samples.append(Sample(prompt, number, prompt + generation.text, generation.stopped))
     return describe(samples, (row["text"] for row in load_split(tokens, "train")))

@@ -21,6 +21,7 @@ from typing import TextIO
 from pipeline.artifacts import Corpus, Source, sha256_of
 from pipeline.config import DEFAULT_FILES, DataConfig
 from pipeline.errors import ConfigError, DataError, InputMissing
+from pipeline.progress import bar
 from pipeline.quotes import fold, read_quotes
 from pipeline.storage import Store, open_store, scheme_of
 from pipeline.storage.local import local_path, translated
@@ -28,7 +29,7 @@ from pipeline.storage.local import local_path, translated
 log = logging.getLogger(__name__)
 
 SAMPLE = Path(__file__).parent / "sample"
-TEXT_SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
+TEXT_SUFFIXES = (".txt", ".jsonl", ".ndjson", ".txt.gz", ".jsonl.gz", ".ndjson.gz")
 GLOB_CHARS = frozenset("*?[")
 
 
@@ -56,7 +57,7 @@ def fetch(inputs: Sequence[Input], cfg: DataConfig, *, out: Path) -> Corpus:
     seen: dict[bytes, bytes] = {}
     path = out / "quotes.jsonl"
     with translated(path), path.open("w", encoding="utf-8") as file:
-        sources = tuple(take(source, cfg, seen, file, out) for source in inputs)
+        sources = tuple(take(source, cfg, seen, file, out) for source in bar(inputs, "fetch"))
     corpus = Corpus(path, sha256_of(path), sources)
     log.info("fetch: %s", summary(corpus))
     return corpus
@@ -253,9 +254,16 @@ def with_unique_names(sources: Sequence[Input]) -> list[Input]:
     named = []
     for source in sources:
         times[source.name] += 1
+        if not is_utf8(source.uri):
+            raise DataError(f"the name of {source.uri!a} is not UTF-8; rename the file")
         again = f" ({times[source.name]})" if times[source.name] > 1 else ""
         named.append(replace(source, name=source.name + again))
     return named
+
+
+def is_utf8(text: str) -> bool:
+    """Not when it holds bytes of a file name that could not be decoded."""
+    return not any("\ud800" <= char <= "\udfff" for char in text)
 
 
 def summary(corpus: Corpus) -> str:

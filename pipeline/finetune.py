@@ -113,7 +113,7 @@ def trainer_arguments(
 ) -> TrainingArguments:
     accumulation = cfg.accumulation * cfg.batch_size // batch_size
     precision = choose_precision(cfg.precision, device).name
-    steps = cfg.max_steps or math.ceil(cfg.epochs * math.ceil(examples / (cfg.batch_size * cfg.accumulation)))
+    steps = optimizer_steps(examples, cfg)
     arguments = TrainingArguments(
         output_dir=str(out / "trainer"),
         num_train_epochs=cfg.epochs,
@@ -149,6 +149,12 @@ def trainer_arguments(
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # else nn.DataParallel on every GPU in sight; several need a launcher
     return arguments
+
+
+def optimizer_steps(examples: int, cfg: TrainConfig) -> int:
+    """As the Trainer counts them: a last, smaller group of batches is a step too."""
+    an_epoch = math.ceil(math.ceil(examples / cfg.batch_size) / cfg.accumulation)
+    return cfg.max_steps or math.ceil(cfg.epochs * an_epoch)
 
 
 def require_finished(trainer: Trainer, cfg: TrainConfig) -> None:

@@ -22,6 +22,7 @@ from pipeline.artifacts import Corpus, Facts, TokenDataset
 from pipeline.errors import CheckFailed
 from pipeline.gguf_file import GgufContents
 from pipeline.llama_cpp import LlamaCpp
+from pipeline.progress import bar
 from pipeline.scoring import torch_logits
 from pipeline.tokens import load_split
 
@@ -133,7 +134,7 @@ def prove_tokens(path: Path, corpus: Corpus, checkpoint: Path, tools: LlamaCpp) 
             # markup in a quote (<|endoftext|>) is text here and there
             needed = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
             found = llama_cpp.tokenize(tools, path, texts)
-            for text, ours, theirs in zip(texts, needed, found, strict=True):
+            for text, ours, theirs in bar(zip(texts, needed, found, strict=True), "export: token ids", len(texts)):
                 if ours != theirs:
                     raise differs(
                         path, f"llama.cpp tokenizes {text[:60]!r} as {theirs[:12]}…, trained was {ours[:12]}…"

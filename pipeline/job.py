@@ -21,8 +21,8 @@ from pipeline.export import export
 from pipeline.fetch import content_hash, fetch, resolve
 from pipeline.finetune import finetune
 from pipeline.model_card import model_card, modelfile
-from pipeline.preflight import preflight
-from pipeline.publish import complete, find_release, publish, read_metrics
+from pipeline.preflight import check_model, preflight
+from pipeline.publish import complete, find_release, is_latest, publish, read_metrics, refuse_foreign_files
 from pipeline.quantize import quantize
 from pipeline.settings import Resolved
 from pipeline.sparsify import sparsify
@@ -43,6 +43,7 @@ class Outcome:
     release: Release
     metrics: dict[str, Any]
     published_now: bool  # False: the identical release was already there
+    is_latest: bool  # False: the plainly named files there are a newer release's
 
 
 def run(resolved: Resolved) -> Outcome:
@@ -53,14 +54,16 @@ def run(resolved: Resolved) -> Outcome:
     log.info("job: device %s (%s), llama.cpp %s, work_dir %s", *device, tools.version, cfg.work_dir)
     stages = Stages(cfg.work_dir)
 
+    refuse_foreign_files(cfg.output, plain_names(cfg))
     inputs = resolve(cfg.input, cfg.data)
     corpus = stages.run(fetch, inputs, cfg.data, outside=content_hash(inputs))
     source = base_model.resolve(cfg.model)
-    run_id = run_id_of(cfg, corpus, source)
+    run_id = run_id_of(cfg, corpus, source, tools.version)
     if release := find_release(cfg.output, run_id):
         return already_there(release, cfg)
 
     base = stages.run(obtain, cfg.model, outside=source)
+    check_model(base, cfg, tools)
     tokens = stages.run(tokenize, corpus, base, cfg.tokens)
     tuned = stages.run(finetune, base, tokens, cfg.train, device=device.name, seed=cfg.seed)
     sparse = stages.run(sparsify, tuned, cfg.sparsity, seed=cfg.seed)
@@ -74,13 +77,18 @@ def run(resolved: Resolved) -> Outcome:
     figures = gather(resolved, run_id, stages, corpus, tokens, models, evaluation, tools.version)
     files = lay_out(cfg, run_id, figures, quantized, sparse)
     release = publish(cfg.output, run_id=run_id, name=cfg.name, files=files)
-    return Outcome(release, figures.model_dump(mode="json"), published_now=True)
+    return Outcome(release, figures.model_dump(mode="json"), published_now=True, is_latest=is_latest(release))
 
 
-def run_id_of(cfg: JobConfig, corpus: Corpus, source: str) -> str:
+def plain_names(cfg: JobConfig) -> list[str]:
+    """What people will find in the output folder."""
+    return [*(f"{cfg.name}-{kind}.gguf" for kind in cfg.quantize.types), "metrics.json", "README.md", "Modelfile"]
+
+
+def run_id_of(cfg: JobConfig, corpus: Corpus, source: str, llama_cpp: str) -> str:
     """A hash of the settings that matter and of the inputs: the same job again is the same run."""
     matters = {
-        "version": __version__,
+        "versions": [__version__, llama_cpp],
         "settings": cfg.model_dump(mode="json", exclude=NOT_IN_RUN_ID),
         "sources": [[source.name, source.sha256] for source in corpus.sources],
         "base": source,
@@ -141,15 +149,16 @@ def lay_out(
     folder = cfg.work_dir / "release" / run_id
     folder.mkdir(parents=True, exist_ok=True)
     names = [file.path.name for file in quantized.files]
-    card = model_card(figures.model_dump(mode="json"), cfg.name, names)
+    sampling = cfg.evaluate.sampling
+    card = model_card(figures.model_dump(mode="json"), cfg.name, names, sampling)
     files = {file.path.name: file.path for file in quantized.files}
     files["metrics.json"] = metrics.write(folder / "metrics.json", figures)
     files["README.md"] = folder / "README.md"
     files["Modelfile"] = folder / "Modelfile"
     files["README.md"].write_text(card, encoding="utf-8")
-    files["Modelfile"].write_text(modelfile(names[0], end_token(sparse)), encoding="utf-8")
+    files["Modelfile"].write_text(modelfile(names[0], end_token(sparse), sampling), encoding="utf-8")
     if cfg.publish.safetensors:
-        files |= {f"safetensors/{path.name}": path for path in sorted(sparse.path.iterdir()) if path.is_file()}
+        files |= {f"safetensors/{path.name}": path for path in sparse.files()}
     return files
 
 
@@ -161,4 +170,4 @@ def already_there(release: Release, cfg: JobConfig) -> Outcome:
     """The identical release stands: what a reader looks for is made whole, nothing is published twice."""
     complete(release)
     log.info("publish: release %s of these settings and inputs is already at %s", release.run_id, cfg.output)
-    return Outcome(release, read_metrics(release), published_now=False)
+    return Outcome(release, read_metrics(release), published_now=False, is_latest=is_latest(release))

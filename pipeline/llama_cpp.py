@@ -65,8 +65,12 @@ def find(folder: str = "") -> LlamaCpp:
             "llama_cpp to a folder that it made"
         )
     text = (root / "BUILD.json").read_text()
-    build = json.loads(text)
-    return LlamaCpp(root, f"{build['llama_cpp']} ({build['package']} {build['version']})", text)
+    try:
+        build = json.loads(text)
+        version = f"{build['llama_cpp']} ({build['package']} {build['version']})"
+    except (ValueError, KeyError, TypeError) as e:
+        raise ConfigError(f"{root / 'BUILD.json'} is damaged; delete {root} and run scripts/build_llama_cpp.sh") from e
+    return LlamaCpp(root, version, text)
 
 
 def threads() -> int:

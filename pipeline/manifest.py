@@ -10,6 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from pipeline import __version__
 from pipeline.artifacts import Release, ReleasedFile, sha256_of
 from pipeline.errors import DataError
@@ -62,7 +64,7 @@ def from_bytes(data: bytes, output: str, run_id: str) -> Release:
     try:
         content = json.loads(data)
         version = content["schema_version"]
-        files = tuple(ReleasedFile(**entry) for entry in content["objects"])
+        files = tuple(TypeAdapter(ReleasedFile).validate_python(entry) for entry in content["objects"])
         release = Release(
             output=output,
             run_id=content["run_id"],

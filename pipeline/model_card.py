@@ -7,9 +7,6 @@ from typing import Any
 
 import yaml
 
-# Sampling that suits a small model: some freedom, the unlikely cut off, loops discouraged.
-SAMPLING = {"temperature": 0.8, "top_p": 0.95, "repeat_penalty": 1.1}
-MAX_NEW_TOKENS = 80
 LICENSES = {
     "openai-community/gpt2": "mit",
     "gpt2": "mit",
@@ -19,7 +16,7 @@ LICENSES = {
 }
 
 
-def model_card(metrics: Mapping[str, Any], name: str, files: Sequence[str]) -> str:
+def model_card(metrics: Mapping[str, Any], name: str, files: Sequence[str], sampling: Mapping[str, float]) -> str:
     """Markdown for the Hugging Face hub. Figures that are absent or null are shown as such, never left out."""
     ggufs = [file for file in files if file.endswith(".gguf")]
     parts = [
@@ -28,7 +25,7 @@ def model_card(metrics: Mapping[str, Any], name: str, files: Sequence[str]) -> s
         f"A small language model that writes in the voice of the quotes it was tuned on, made from "
         f"{base_of(metrics) or 'an unnamed base model'} by quotesmith in run `{metrics.get('run_id', 'unknown')}`.",
         "## Run it",
-        commands(name, ggufs),
+        commands(name, ggufs, sampling),
         "## How good it is",
         ledger_text(metrics),
         "## What it was trained on",
@@ -39,11 +36,12 @@ def model_card(metrics: Mapping[str, Any], name: str, files: Sequence[str]) -> s
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def modelfile(gguf_name: str, stop: str = "<|endoftext|>") -> str:
+def modelfile(gguf_name: str, stop: str, sampling: Mapping[str, float]) -> str:
     """An Ollama Modelfile: the prompt goes in as it is, since the model continues text and knows no chat."""
     lines = [f"FROM ./{gguf_name}", 'TEMPLATE "{{ .Prompt }}"']
-    lines += [f"PARAMETER {key} {value}" for key, value in SAMPLING.items()]
-    lines += [f"PARAMETER num_predict {MAX_NEW_TOKENS}", f'PARAMETER stop "{stop}"']
+    names = {"max_new_tokens": "num_predict"}
+    lines += [f"PARAMETER {names.get(key, key)} {value}" for key, value in sampling.items()]
+    lines += [f'PARAMETER stop "{stop}"']
     return "\n".join(lines) + "\n"
 
 
@@ -69,11 +67,10 @@ def front_matter(metrics: Mapping[str, Any], ggufs: Sequence[str]) -> str:
     return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)}---"
 
 
-def commands(name: str, ggufs: Sequence[str]) -> str:
-    sampling = (
-        f"--temp {SAMPLING['temperature']} --top-p {SAMPLING['top_p']} --repeat-penalty {SAMPLING['repeat_penalty']}"
-    )
-    lines = [f'llama-completion -m {gguf} -p "I" -n {MAX_NEW_TOKENS} {sampling} -no-cnv' for gguf in ggufs]
+def commands(name: str, ggufs: Sequence[str], sampling: Mapping[str, float]) -> str:
+    names = {"max_new_tokens": "-n", "temperature": "--temp", "top_p": "--top-p", "repeat_penalty": "--repeat-penalty"}
+    options = " ".join(f"{names[key]} {value}" for key, value in sampling.items())
+    lines = [f'llama-completion -m {gguf} -p "I" {options} -no-cnv' for gguf in ggufs]
     ollama = [f"ollama create {name.lower()} -f Modelfile", f'ollama run {name.lower()} "I"']
     return (
         f"With [llama.cpp](https://github.com/ggml-org/llama.cpp):\n\n{code(lines)}\n\n"

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
+from pipeline.config import SAMPLING
 from pipeline.settings import Setting, all_settings, plain
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -17,6 +18,19 @@ def job_options(command: Command) -> Command:
     for setting in reversed(all_settings()):
         command = option(setting)(command)
     return click.option("--config", "config_file", metavar="FILE", help="YAML file, local or gs://.")(command)
+
+
+def sampling_options(command: Command) -> Command:
+    """Add the options of `generate` that a run's own sample generations have as settings."""
+    for setting in all_settings():
+        section, _, name = setting.key.partition(".")
+        if section == "evaluate" and name in SAMPLING:
+            flag = f"--{name.replace('_', '-')}"
+            default = str(setting.field.default)
+            command = click.option(
+                flag, default=default, metavar=setting.values, help=f"{setting.meaning} [default: {default}]"
+            )(command)
+    return command
 
 
 def option(setting: Setting) -> Callable[[Command], Command]:

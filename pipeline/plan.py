@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from dataclasses import dataclass
 
 from pipeline import base_model
 from pipeline.artifacts import Checkpoint, Corpus, TokenDataset
 from pipeline.base_model import obtain
-from pipeline.config import JobConfig, TrainConfig
+from pipeline.config import JobConfig
 from pipeline.device import Device, Precision, choose_precision
 from pipeline.fetch import content_hash, fetch, resolve
-from pipeline.preflight import preflight
+from pipeline.finetune import optimizer_steps
+from pipeline.preflight import check_model, preflight
 from pipeline.quantize import predict_bytes
 from pipeline.settings import Resolved
 from pipeline.stage import Stages
@@ -40,6 +40,7 @@ def plan(resolved: Resolved) -> Plan:
     inputs = resolve(cfg.input, cfg.data)
     corpus = stages.run(fetch, inputs, cfg.data, outside=content_hash(inputs))
     base = stages.run(obtain, cfg.model, outside=base_model.resolve(cfg.model))
+    check_model(base, cfg, tools)
     tokens = stages.run(tokenize, corpus, base, cfg.tokens)
     sizes = predict_bytes(base.path, list(dict.fromkeys(("F16", *cfg.quantize.types))), tools, name=cfg.name)
     return Plan(
@@ -53,14 +54,6 @@ def plan(resolved: Resolved) -> Plan:
         disk_bytes=disk_needed(base, sizes, cfg),
         free_bytes=shutil.disk_usage(cfg.work_dir).free,
     )
-
-
-def optimizer_steps(examples: int, cfg: TrainConfig) -> int:
-    """As the Trainer counts them: a last, smaller group of batches is a step too."""
-    if cfg.max_steps:
-        return cfg.max_steps
-    batches = math.ceil(examples / cfg.batch_size)
-    return math.ceil(cfg.epochs * math.ceil(batches / cfg.accumulation))
 
 
 def disk_needed(base: Checkpoint, sizes: dict[str, int], cfg: JobConfig) -> int:

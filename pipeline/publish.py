@@ -16,6 +16,7 @@ from pipeline import manifest
 from pipeline.artifacts import Release, ReleasedFile
 from pipeline.errors import DataError, InputMissing, TargetTaken, TransferError, TryLater
 from pipeline.manifest import manifest_name, object_name
+from pipeline.progress import bar
 from pipeline.storage import Store, open_store
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ def publish(output: str, *, run_id: str, name: str, files: Mapping[str, Path]) -
         log.info("publish: release %s of %s is already there", run_id, release.created)
         refuse_another_result(release, ours)
     shared = [file for file in ours if not release or file in release.files]
-    for file in shared:
+    for file in bar(shared, "publish"):
         put_object(store, object_name(run_id, file.sha256), files[file.name], file)
     if not release:
         created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -65,6 +66,25 @@ def find_release(output: str, run_id: str) -> Release | None:
     if store.stat(manifest_name(run_id)) is None:
         return None
     return standing_release(store, output, run_id)
+
+
+def is_latest(release: Release) -> bool:
+    """Whether the plainly named files in the output are this release's."""
+    pointer = latest(open_store(release.output))
+    return pointer is not None and pointer["run_id"] == release.run_id
+
+
+def refuse_foreign_files(output: str, names: Sequence[str]) -> None:
+    """Raises `TargetTaken` when a file that no release put there would be overwritten by a plain copy."""
+    store = open_store(output)
+    if latest(store) is not None:
+        return
+    for name in names:
+        if store.stat(name) is not None:
+            raise TargetTaken(
+                f"{output} already holds a {name} that no release put there, and publishing would overwrite it; "
+                "choose an empty output"
+            )
 
 
 def complete(release: Release, local: Mapping[str, Path] | None = None) -> None:

@@ -121,7 +121,10 @@ def require_disk(needed: int, out: Path) -> None:
 
 def make(f16: GgufFile, kind: str, forecast: Forecast, tools: LlamaCpp, path: Path) -> GgufFile:
     if kind == "F16":
-        os.link(f16.path, path)
+        try:
+            os.link(f16.path, path)
+        except OSError:  # bucket mounts and some disks have no hard links
+            shutil.copyfile(f16.path, path)
     else:
         command: list[str | Path] = [tools.program("llama-quantize"), f16.path, path, kind, str(threads())]
         child.run(command, writes_in=path.parent)
@@ -151,9 +154,20 @@ def require_foretold(contents: GgufContents, kind: str, forecast: Forecast) -> N
 
 
 def predict_bytes(checkpoint: Path, kinds: Sequence[str], tools: LlamaCpp, *, name: str) -> dict[str, int]:
-    """Size of the file of each kind, for `plan`: the same whatever the weights, so the base model tells it."""
+    """Size of the file of each kind, for `plan`."""
+    return {kind: forecast.size_bytes for kind, forecast in forecasts_of(checkpoint, kinds, tools, name).items()}
+
+
+def refuse_fallbacks(checkpoint: Path, cfg: QuantizeConfig, tools: LlamaCpp) -> None:
+    """What `quantize` would refuse at the end, refused before training. Raises `ConfigError`."""
+    for kind, forecast in forecasts_of(checkpoint, cfg.types, tools, "base").items():
+        handle_fallbacks(kind, forecast.fallbacks, cfg.fallback)
+
+
+def forecasts_of(checkpoint: Path, kinds: Sequence[str], tools: LlamaCpp, name: str) -> dict[str, Forecast]:
+    """The same whatever the weights, so the base model tells it."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "f16.gguf"
         convert(checkpoint, tools, name, path)
         contents = GgufContents(path)
-        return {kind: foretell(contents, kind, tools).size_bytes for kind in kinds}
+        return {kind: foretell(contents, kind, tools) for kind in kinds}

@@ -18,6 +18,7 @@ from pipeline.errors import DataError
 from pipeline.marks import CLOSING, RIGHT, strip_marks
 
 CHUNK_BYTES = 1024 * 1024
+JSON_LINES = (".jsonl", ".ndjson", ".json")  # a .json that is one array is refused with its line, not read as prose
 GZIP = b"\x1f\x8b"
 BOM = b"\xef\xbb\xbf"
 FOREIGN_BOMS = {  # the longer first: UTF-32's little-endian mark begins with UTF-16's
@@ -42,15 +43,15 @@ class Line:
 def read_quotes(path: Path, name: str, cfg: DataConfig) -> Iterator[str]:
     """Every quote of the file in order, blank ones as "": a blank line counts as one.
 
-    `name` decides the format (.jsonl, .jsonl.gz, else text) and stands in messages. DataError names the file,
-    the line and, for text that is not UTF-8, the byte.
+    `name` decides the format (.jsonl, .ndjson or .json, also .gz, else text) and stands in messages. DataError
+    names the file, the line and, for text that is not UTF-8, the byte.
     """
 
     def lines() -> Iterator[Line]:
         return read_lines(path, name, cfg)
 
     texts: Iterator[str]
-    if name.lower().removesuffix(".gz").endswith(".jsonl"):
+    if name.lower().removesuffix(".gz").endswith(JSON_LINES):
         texts = (json_text(line, name, cfg.text_field) for line in lines())
     elif is_paragraphs(lines, cfg):
         texts = paragraphs(lines(), name, cfg.max_quote_bytes)

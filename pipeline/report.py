@@ -85,7 +85,10 @@ def quotes(metrics: dict[str, Any], count: int = 3) -> str:
 def where(outcome: Outcome) -> str:
     verb = "published" if outcome.published_now else "already published"
     release = outcome.release
-    return f"{verb}: {release.uri}\n" + "\n".join(f"  {release.output}/{file.name}" for file in release.files)
+    if outcome.is_latest:
+        return f"{verb}: {release.uri}\n" + "\n".join(f"  {release.output}/{file.name}" for file in release.files)
+    objects = (f"  {release.uri}/objects/sha256/{file.sha256}  {file.name}" for file in release.files)
+    return f"{verb}: {release.uri}; the plain names there are a newer release's\n" + "\n".join(objects)
 
 
 def of_settings(settings: list[dict[str, Any]]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from pipeline.errors import ConfigError
 
 ENV_PREFIX = "QUOTESMITH_"
 CONFIG_ENV = "QUOTESMITH_CONFIG"
+# Kubernetes gives every pod these for a Service that is called quotesmith.
+INJECTED = re.compile(r"QUOTESMITH_(SERVICE_HOST|SERVICE_PORT\w*|PORT(_\d+_\w+)?)")
 Source = tuple[Mapping[str, Any], Mapping[str, str]]  # key to value, key to origin
 
 
@@ -101,7 +104,8 @@ def from_flags(flags: Mapping[str, Any]) -> Source:
 
 def from_env(env: Mapping[str, str]) -> Source:
     by_name = {setting.env: setting for setting in all_settings()}
-    names = [name for name in env if name.startswith(ENV_PREFIX) and name != CONFIG_ENV]
+    ours = (name for name in env if name.startswith(ENV_PREFIX) and name != CONFIG_ENV)
+    names = [name for name in ours if not INJECTED.fullmatch(name)]
     refuse_unknown(names, by_name, "environment variable")
     given = {by_name[name].key: parse(by_name[name], env[name]) for name in names}
     return given, {by_name[name].key: f"environment {name}" for name in names}
@@ -116,7 +120,7 @@ def from_file(uri: str) -> Source:
         content = yaml.safe_load(open_store(folder + slash or ".").read(name).decode())
     except UnicodeDecodeError as e:
         raise ConfigError(f"{uri} is not UTF-8 text; needed a YAML file") from e
-    except yaml.YAMLError as e:
+    except (yaml.YAMLError, RecursionError) as e:
         raise ConfigError(f"{uri} is not valid YAML: {' '.join(str(e).split())}") from e
     if content is None:
         content = {}

@@ -50,8 +50,21 @@ def check_method(method: str) -> None:
         raise ConfigError(f"sparsity.method {method!r} is unknown; choose one of {', '.join(sparsity.methods())}")
 
 
+def check_pattern(widths: dict[str, int], cfg: SparsityConfig) -> None:
+    """Raises `ConfigError` when the rows of a matrix (name to width) do not divide into the pattern's groups."""
+    if cfg.pattern == "unstructured":
+        return
+    for name, width in widths.items():
+        if width % cfg.kept[1]:
+            raise ConfigError(
+                f"sparsity.pattern {cfg.pattern} needs rows that are multiples of {cfg.kept[1]}, but those of {name} "
+                f"are {width} wide"
+            )
+
+
 def choose_masks(weights: dict[str, Tensor], cfg: SparsityConfig, seed: int) -> dict[str, Tensor]:
     """Matrix name to a boolean mask (out, in), True where the weight stays."""
+    check_pattern({name: weight.shape[1] for name, weight in weights.items()}, cfg)
     method = sparsity.load(cfg.method)
     scores = {}
     for name, weight in weights.items():
@@ -64,13 +77,7 @@ def choose_masks(weights: dict[str, Tensor], cfg: SparsityConfig, seed: int) -> 
         return global_masks(scores, cfg.ratio)
     if cfg.pattern == "unstructured":
         return {name: keep_mask(score, cfg.ratio) for name, score in scores.items()}
-    n, m = (int(part) for part in cfg.pattern.split(":"))
-    for name, score in scores.items():
-        if score.shape[1] % m:
-            raise ConfigError(
-                f"sparsity.pattern {cfg.pattern} needs rows that are multiples of {m}, but those of {name} "
-                f"are {score.shape[1]} wide"
-            )
+    n, m = cfg.kept
     return {name: n_of_m_mask(score, n, m) for name, score in scores.items()}
 
 
@@ -86,8 +93,10 @@ def measure(weights: dict[str, Tensor], cfg: SparsityConfig) -> Facts:
     zeros = {name: int((weight == 0).sum()) for name, weight in weights.items()}
     shares = {name: zeros[name] / weight.numel() for name, weight in weights.items()}
     total = sum(zeros.values()) / sum(weight.numel() for weight in weights.values())
-    short = [name for name, weight in weights.items() if zeros[name] < round(cfg.ratio * weight.numel())]
-    if total + 1e-6 < cfg.ratio or (cfg.scope == "matrix" and short):
-        raise CheckFailed(f"pruned {total:.4f} of the block weights, {cfg.ratio:g} was asked for; short in {short[:3]}")
+    short = [name for name, weight in weights.items() if zeros[name] < round(cfg.exact_ratio * weight.numel())]
+    if total + 1e-6 < cfg.exact_ratio or (cfg.scope == "matrix" and short):
+        raise CheckFailed(
+            f"pruned {total:.4f} of the block weights, {cfg.exact_ratio:g} was asked for; short in {short[:3]}"
+        )
     log.info("sparsify: share of zeros %.4f in %d matrices by %s", total, len(weights), cfg.method)
     return {"method": cfg.method, "matrices": len(weights), "zeros": total, "zeros_per_matrix": shares}

@@ -123,7 +123,7 @@ def write_marker(out: Path, artifact: Any, kind: Any, record: StageRecord) -> No
     }
     temporary = out / f"{MARKER}.tmp"
     with temporary.open("w") as file:
-        json.dump(content, file)
+        json.dump(content, file, ensure_ascii=False)
         file.flush()
         os.fsync(file.fileno())
     temporary.rename(out / MARKER)

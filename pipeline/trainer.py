@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from transformers import (
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import EvalLoopOutput
 
+from pipeline import progress
 from pipeline.collate import IGNORED
 from pipeline.errors import CheckFailed
 
@@ -34,7 +34,7 @@ def callbacks(early_stopping: int, fp16: bool, tensorboard: Path) -> list[Traine
     ]
     if early_stopping:
         chosen.append(EarlyStoppingCallback(early_stopping))
-    if sys.stderr.isatty():
+    if progress.wanted():
         chosen.append(Bar())
     return chosen
 

@@ -164,7 +164,7 @@ def test_torn_or_poisoned_weights_are_bad_data(spoil, found, folder, out):
 
 
 def test_a_file_that_is_no_gguf_is_refused(folder):
-    with pytest.raises(ConfigError, match=r"no \.gguf"):
+    with pytest.raises(ConfigError, match=r"nor a \.gguf"):
         resolve(ModelConfig(base=str(folder / "config.json")))
 
 

@@ -52,7 +52,12 @@ def test_config_prints_values_and_where_they_come_from():
         (["config", "--train.epochs", "0"], {}, 78, "train.epochs is '0'"),
         (["config"], {"QUOTESMITH_SED": "1"}, 78, "did you mean QUOTESMITH_SEED"),
         (["config", "--config", "nowhere.yaml"], {}, 66, "nowhere.yaml"),
+        (["generate", "x.gguf", "--max-new-tokens", "5000000000"], {}, 2, "x.gguf"),
+        (["generate", str(ROOT / "pyproject.toml"), "--temperature", "1e39"], {}, 78, "temperature"),
+        (["config", "--evaluate.prompts", "[]"], {}, 78, "evaluate.prompts"),
         (["generate", "nowhere.gguf"], {}, 2, "nowhere.gguf"),
+        (["generate", str(ROOT / "pyproject.toml")], {}, 65, "not a GGUF file"),
+        (["verify", "nowhere"], {}, 66, "nothing has been published there"),
     ],
 )
 def test_bad_usage_ends_with_its_code_and_one_sentence(args, env, code, sentence):
@@ -84,7 +89,7 @@ def test_a_signal_is_never_success(error, code, capsys):
         raise error
 
     assert entrypoint.exit_code_of(breaks) == code
-    assert "nothing was published" in capsys.readouterr().err
+    assert "keeps its finished stages" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_the_machines_fault(capsys):

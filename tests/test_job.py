@@ -7,7 +7,7 @@ import jsonschema
 import pytest
 
 from pipeline import job, metrics, publish
-from pipeline.errors import ConfigError, DataError, InputMissing, QuotesmithError
+from pipeline.errors import ConfigError, DataError, InputMissing, QuotesmithError, TargetTaken
 from pipeline.settings import resolve
 from pipeline.storage import open_store
 
@@ -83,12 +83,26 @@ def test_a_second_run_skips_what_is_done(toy_gpt2, llama_cpp, tmp_path):
     bucket = str(tmp_path / "bucket")
     write_bucket(f"{bucket}/in", QUOTES, tmp_path)
     job.run(toy_job(toy_gpt2, bucket, tmp_path / "work"))
-    more = {"quantize.types": "Q2_K,Q8_0"}
+    more = {"quantize.types": "Q2_K,Q8_0", "publish.safetensors": "true"}
     figures = job.run(toy_job(toy_gpt2, bucket, tmp_path / "work", **more)).metrics
     skipped = {stage["name"] for stage in figures["stages"] if stage["skipped"]}
     assert skipped == {"fetch", "obtain", "tokenize", "finetune", "sparsify", "export"}
     assert [file["type"] for file in figures["ggufs"]] == ["Q2_K", "Q8_0"]
     assert (tmp_path / "bucket" / "out" / "gpt2-ye-trump-Q8_0.gguf").exists()
+    published = {path.name for path in (tmp_path / "bucket" / "out" / "safetensors").iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= published
+    assert "DONE.json" not in published
+
+
+def test_a_file_that_no_release_put_there_is_never_overwritten(toy_gpt2, llama_cpp, tmp_path):
+    bucket = str(tmp_path / "bucket")
+    write_bucket(f"{bucket}/in", QUOTES, tmp_path)
+    mine = tmp_path / "bucket" / "out" / "README.md"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    with pytest.raises(TargetTaken, match=r"README\.md that no release put there"):
+        job.run(toy_job(toy_gpt2, bucket, tmp_path / "work"))
+    assert mine.read_text() == "mine"
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,13 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.model_card import model_card, modelfile
+from pipeline import model_card as cards
+from pipeline.config import EvaluateConfig
+
+
+def model_card(metrics, name, files):
+    return cards.model_card(metrics, name, files, EvaluateConfig().sampling)
+
 
 ROW = {
     "stage": "Q2_K",
@@ -96,7 +102,7 @@ def test_a_card_of_nothing_still_says_so() -> None:
 
 
 def test_the_modelfile_continues_the_prompt_as_it_is() -> None:
-    lines = modelfile("voice-Q2_K.gguf", "</s>").splitlines()
+    lines = cards.modelfile("voice-Q2_K.gguf", "</s>", EvaluateConfig().sampling).splitlines()
     assert lines[:2] == ["FROM ./voice-Q2_K.gguf", 'TEMPLATE "{{ .Prompt }}"']
     assert {"PARAMETER temperature 0.8", "PARAMETER top_p 0.95", 'PARAMETER stop "</s>"'} <= set(lines)
 

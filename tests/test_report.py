@@ -30,11 +30,14 @@ METRICS = {
 }
 
 
-def outcome(now):
+def outcome(now, latest=True):
     return SimpleNamespace(
         metrics=METRICS,
         published_now=now,
-        release=SimpleNamespace(uri="out/runs/abc123", output="out", files=[SimpleNamespace(name="voice-Q2_K.gguf")]),
+        is_latest=latest,
+        release=SimpleNamespace(
+            uri="out/runs/abc123", output="out", files=[SimpleNamespace(name="voice-Q2_K.gguf", sha256="5f")]
+        ),
     )
 
 
@@ -48,6 +51,11 @@ def test_the_run_ends_with_the_ledger_three_quotes_and_where_the_files_lie():
 
 def test_a_release_that_was_there_is_not_called_published_now():
     assert "already published" in report.of_run(outcome(False))
+
+
+def test_an_older_release_is_not_told_to_lie_under_the_plain_names():
+    text = report.of_run(outcome(False, latest=False))
+    assert "out/runs/abc123/objects/sha256/5f  voice-Q2_K.gguf" in text and "out/voice-Q2_K.gguf" not in text
 
 
 def test_a_missing_number_is_a_dash():

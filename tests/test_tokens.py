@@ -55,6 +55,8 @@ def test_a_quote_keeps_its_side_whatever_else_is_in_the_corpus():
     sides = {key: split_of(key, cfg) for key in (f"quote {i}" for i in range(2000))}
     held = [key for key, side in sides.items() if side == "holdout"]
     assert 150 < len(held) < 250
+    alone = {key: split_of(key, cfg) for key in reversed(list(sides)[::7])}
+    assert all(sides[key] == side for key, side in alone.items())
     first = int.from_bytes(hashlib.sha256(held[0].encode()).digest()[:8])
     assert first / 2**64 < 0.1  # decided by the hash alone
 

@@ -46,7 +46,7 @@ def open_store(uri: str) -> LocalStore:
 def local_path(uri: str) -> Path:
     """The path behind a plain path or a file:// URI; ConfigError if it names another host."""
     if scheme_of(uri) != "file":
-        return Path(uri).expanduser()
+        return Path(os.path.expanduser(uri))  # noqa: PTH111  (Path.expanduser raises for an unknown user)
     parts = urlsplit(uri)
     if parts.netloc not in ("", "localhost") or not parts.path:
         raise ConfigError(f"{uri} does not name a local path; write file:///absolute/path")
