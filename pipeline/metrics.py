@@ -152,7 +152,7 @@ def stage_figures(records: Sequence[StageRecord], facts: dict[str, dict[str, Any
             "name": record.name,
             "seconds": record.seconds,
             "peak_memory_bytes": record.peak_memory_bytes,
-            "peak_gpu_bytes": {"value": None, "reason": "no GPU was used"}
+            "peak_gpu_bytes": {"value": None, "reason": "no GPU is visible"}
             if record.peak_gpu_bytes is None
             else record.peak_gpu_bytes,
             "skipped": record.skipped,

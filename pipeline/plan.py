@@ -13,7 +13,7 @@ from pipeline.device import Device, Precision, choose_precision
 from pipeline.fetch import content_hash, fetch, resolve
 from pipeline.finetune import optimizer_steps
 from pipeline.preflight import check_model, preflight
-from pipeline.quantize import predict_bytes
+from pipeline.quantize import Forecast, forecasts_of
 from pipeline.settings import Resolved
 from pipeline.stage import Stages
 from pipeline.tokens import tokenize
@@ -27,7 +27,7 @@ class Plan:
     precision: Precision
     steps: int
     examples_a_step: int
-    output_bytes: dict[str, int]  # by file name
+    outputs: dict[str, Forecast]  # by file name
     disk_bytes: int
     free_bytes: int
 
@@ -42,7 +42,7 @@ def plan(resolved: Resolved) -> Plan:
     base = stages.run(obtain, cfg.model, outside=base_model.resolve(cfg.model))
     check_model(base, cfg, tools)
     tokens = stages.run(tokenize, corpus, base, cfg.tokens)
-    sizes = predict_bytes(base.path, list(dict.fromkeys(("F16", *cfg.quantize.types))), tools, name=cfg.name)
+    forecasts = forecasts_of(base.path, list(dict.fromkeys(("F16", *cfg.quantize.types))), tools, name=cfg.name)
     return Plan(
         corpus,
         tokens,
@@ -50,14 +50,14 @@ def plan(resolved: Resolved) -> Plan:
         choose_precision(cfg.train.precision, device.name),
         steps=optimizer_steps(tokens.facts["splits"]["train"]["quotes"], cfg.train),
         examples_a_step=cfg.train.batch_size * cfg.train.accumulation,
-        output_bytes={f"{cfg.name}-{kind}.gguf": sizes[kind] for kind in cfg.quantize.types},
-        disk_bytes=disk_needed(base, sizes, cfg),
+        outputs={f"{cfg.name}-{kind}.gguf": forecasts[kind] for kind in cfg.quantize.types},
+        disk_bytes=disk_needed(base, forecasts, cfg),
         free_bytes=shutil.disk_usage(cfg.work_dir).free,
     )
 
 
-def disk_needed(base: Checkpoint, sizes: dict[str, int], cfg: JobConfig) -> int:
+def disk_needed(base: Checkpoint, files: dict[str, Forecast], cfg: JobConfig) -> int:
     """Bytes: the model as base, tuned and sparse checkpoint, saved epochs, and the GGUF files."""
     checkpoint = sum(path.stat().st_size for path in base.path.glob("*.safetensors"))
     saved_epochs = 2 if cfg.train.select_best or cfg.train.early_stopping else 0
-    return (3 + saved_epochs) * checkpoint + sum(sizes.values())
+    return (3 + saved_epochs) * checkpoint + sum(file.size_bytes for file in files.values())

@@ -153,19 +153,14 @@ def require_foretold(contents: GgufContents, kind: str, forecast: Forecast) -> N
             )
 
 
-def predict_bytes(checkpoint: Path, kinds: Sequence[str], tools: LlamaCpp, *, name: str) -> dict[str, int]:
-    """Size of the file of each kind, for `plan`."""
-    return {kind: forecast.size_bytes for kind, forecast in forecasts_of(checkpoint, kinds, tools, name).items()}
-
-
 def refuse_fallbacks(checkpoint: Path, cfg: QuantizeConfig, tools: LlamaCpp) -> None:
     """What `quantize` would refuse at the end, refused before training. Raises `ConfigError`."""
-    for kind, forecast in forecasts_of(checkpoint, cfg.types, tools, "base").items():
+    for kind, forecast in forecasts_of(checkpoint, cfg.types, tools, name="base").items():
         handle_fallbacks(kind, forecast.fallbacks, cfg.fallback)
 
 
-def forecasts_of(checkpoint: Path, kinds: Sequence[str], tools: LlamaCpp, name: str) -> dict[str, Forecast]:
-    """The same whatever the weights, so the base model tells it."""
+def forecasts_of(checkpoint: Path, kinds: Sequence[str], tools: LlamaCpp, *, name: str) -> dict[str, Forecast]:
+    """Size and types of the file of each kind: the same whatever the weights, so the base model tells them."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "f16.gguf"
         convert(checkpoint, tools, name, path)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pipeline.job import Outcome
     from pipeline.plan import Plan
+    from pipeline.quantize import Forecast
 
 MADE_BY = {"base": "obtain", "tuned": "finetune", "sparse": "sparsify", "F16": "export"}  # else quantize
 HEADINGS = ("stage", "seconds", "perplexity (95%)", "against tuned (95%)", "size", "bits/weight", "zeros")
@@ -119,6 +120,10 @@ def show(value: Any) -> str:
     return text or '""'
 
 
+def other_types(file: Forecast) -> str:
+    return f", {len(file.fallbacks)} tensors in another type than asked for" if file.fallbacks else ""
+
+
 def of_plan(plan: Plan) -> str:
     sources = [
         [s.name, *(str(n) for n in (s.found, s.kept, s.exact_duplicates, s.near_duplicates, s.blank))]
@@ -132,7 +137,7 @@ def of_plan(plan: Plan) -> str:
     facts = [
         f"device: {plan.device.name} ({plan.device.why}); precision: {plan.precision.name} ({plan.precision.why})",
         f"training: {plan.steps} optimizer steps of {plan.examples_a_step} examples",
-        *(f"output: {name}, about {size(bytes_)}" for name, bytes_ in plan.output_bytes.items()),
+        *(f"output: {name}, {size(file.size_bytes)}{other_types(file)}" for name, file in plan.outputs.items()),
         f"disk needed under work_dir: about {size(plan.disk_bytes)}; free: {size(plan.free_bytes)}",
     ]
     tables = [table(headings, sources), table(("split", "quotes", "tokens", "truncated"), splits)]

@@ -34,4 +34,4 @@ def test_the_plan_of_a_job_is_what_the_job_then_does(toy_gpt2, llama_cpp, tmp_pa
     facts = {stage["name"]: stage["facts"] for stage in metrics["stages"]}
     assert facts["finetune"]["steps"] == planned.steps
     size = metrics["ggufs"][0]["size_bytes"]
-    assert planned.output_bytes["gpt2-ye-trump-Q2_K.gguf"] == size
+    assert planned.outputs["gpt2-ye-trump-Q2_K.gguf"].size_bytes == size

@@ -10,7 +10,7 @@ from pipeline.errors import CheckFailed, ConfigError, MachineError
 from pipeline.export import convert
 from pipeline.gguf_file import GgufContents
 from pipeline.quant_types import QUANT_TYPES, check_types
-from pipeline.quantize import foretell, predict_bytes, quantize
+from pipeline.quantize import forecasts_of, foretell, quantize
 
 
 def f16_of(checkpoint, tools, folder):
@@ -117,8 +117,11 @@ def test_weights_that_are_no_numbers_are_refused(toy_gpt2, llama_cpp, tmp_path):
 
 def test_plan_foretells_the_size_of_a_model_with_other_weights(f16, toy_gpt2, llama_cpp, tmp_path):
     (file,) = quantize(f16, QuantizeConfig(), tools=llama_cpp, name="toy", out=tmp_path).files
-    predicted = predict_bytes(toy_gpt2, ("F16", "Q2_K"), llama_cpp, name="toy")
-    assert predicted == {"F16": f16.size_bytes, "Q2_K": file.size_bytes}
+    foreseen = forecasts_of(toy_gpt2, ("F16", "Q2_K"), llama_cpp, name="toy")
+    assert {kind: forecast.size_bytes for kind, forecast in foreseen.items()} == {
+        "F16": f16.size_bytes,
+        "Q2_K": file.size_bytes,
+    }
 
 
 @pytest.mark.parametrize(

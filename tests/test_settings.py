@@ -79,6 +79,22 @@ def test_settings_that_cannot_work_are_refused_in_one_sentence(env, flags, file,
     assert "\n" not in str(error.value)
 
 
+def test_what_kubernetes_injects_for_a_service_of_our_name_is_no_setting():
+    injected = {"QUOTESMITH_SERVICE_HOST": "10.0.0.1", "QUOTESMITH_PORT": "tcp://10.0.0.1:80"}
+    injected |= {"QUOTESMITH_SERVICE_PORT_HTTP": "80", "QUOTESMITH_PORT_80_TCP_ADDR": "10.0.0.1"}
+    assert resolve({}, injected).config == JobConfig()
+
+
+def test_a_home_folder_is_expanded_where_no_shell_did(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert str(resolve({}, {"QUOTESMITH_WORK_DIR": "~/w"}).config.work_dir) == "/home/someone/w"
+
+
+def test_a_rounded_ratio_of_a_pattern_is_taken_for_the_exact_one():
+    config = resolve({"sparsity.pattern": "1:3", "sparsity.ratio": "0.667"}, {}).config
+    assert config.sparsity.exact_ratio == pytest.approx(2 / 3)
+
+
 def test_every_setting_has_a_value_an_origin_and_a_meaning():
     table = as_table(resolve({}, {}))
     assert {row["key"] for row in table} == {setting.key for setting in all_settings()}
