@@ -168,6 +168,28 @@ def test_a_file_that_is_no_gguf_is_refused(folder):
         resolve(ModelConfig(base=str(folder / "config.json")))
 
 
+def test_a_device_is_no_model():
+    with pytest.raises(ConfigError, match="neither a folder nor"):
+        resolve(ModelConfig(base="/dev/null"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "found"),
+    [
+        ({"model_type": "gpt_neo", "architectures": ["GPTNeoForCausalLM"]}, ConfigError, "of the type gpt_neo"),
+        ({"model_type": []}, ConfigError, "not a causal language model"),
+        ({"architectures": 5}, DataError, "needed a list of names"),
+        ({"n_head": 0}, DataError, "cannot be loaded"),
+        ({"n_embd": "wide"}, DataError, "cannot be loaded"),
+    ],
+)
+def test_a_config_that_makes_no_sense_is_one_sentence(changes, error, found, folder, out):
+    edit(folder / "config.json", **changes)
+    with pytest.raises(error, match=found) as caught:
+        obtain(ModelConfig(base=str(folder)), out=out)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.slow
 def test_a_gguf_file_becomes_a_folder(smollm_gguf, out):
     base = obtain(ModelConfig(base=str(smollm_gguf)), out=out)

@@ -241,3 +241,9 @@ def test_a_dead_endpoint_is_an_unavailable_service(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(gs, "DEADLINE_SECONDS", 0.2)
     with pytest.raises(ServiceUnavailable, match="did not answer within"):
         resolve(("gs://bucket/a.txt",), DataConfig())
+
+
+def test_a_file_name_that_is_not_utf8_is_refused_in_a_sentence(tmp_path):
+    (tmp_path / os.fsdecode(b"a\xff.txt")).write_bytes(b"a quote")
+    with pytest.raises(DataError, match="not UTF-8"):
+        resolve((str(tmp_path),), DataConfig())

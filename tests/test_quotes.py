@@ -203,3 +203,13 @@ def test_a_text_without_letters_or_digits_is_blank(tmp_path: Path, text: str) ->
 
 def test_control_characters_inside_a_quote_become_a_space(tmp_path: Path) -> None:
     assert quotes(tmp_path, "a \x0b b\u2028c\x1a\n".encode()) == ["a b c"]
+
+
+@pytest.mark.parametrize("name", ["q.jsonl", "q.ndjson", "q.JSON", "q.ndjson.gz"])
+def test_json_lines_go_by_several_names(tmp_path: Path, name: str) -> None:
+    assert quotes(tmp_path, b'{"text": "one"}\n{"text": "two"}\n', name) == ["one", "two"]
+
+
+def test_a_json_array_is_refused_and_not_read_as_prose(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"q\.json, line 1"):
+        quotes(tmp_path, b'["one", "two"]', "q.json")
