@@ -12,7 +12,7 @@ from typing import Any
 from gguf import GGUFReader
 
 from pipeline import child
-from pipeline.artifacts import Checkpoint, Corpus, GgufFile, TokenDataset, sha256_of
+from pipeline.artifacts import Checkpoint, Corpus, Facts, GgufFile, TokenDataset, sha256_of
 from pipeline.config import ExportConfig
 from pipeline.errors import CheckFailed
 from pipeline.gguf_file import GgufContents
@@ -42,12 +42,17 @@ def export(
     convert(checkpoint.path, tools, name, path)
     contents = GgufContents(path)
     metadata = prove_metadata(contents, checkpoint.path, tokens.begin_id, tokens.end_id)
-    proof = {
+    proof: Facts = {
         "tensors_equal": prove_tensors(contents, checkpoint.path),
         "quotes_tokenized": prove_tokens(path, corpus, checkpoint.path, tools),
         "logits": prove_logits(contents, checkpoint.path, tokens, cfg.logits_tolerance, tools),
     }
-    log.info("export: proved %s", proof)
+    log.info(
+        "export: %d tensors equal, token ids of %d quotes equal, log-probabilities within %.4f of their deviation",
+        proof["tensors_equal"],
+        proof["quotes_tokenized"],
+        proof["logits"]["rms"],
+    )
     facts = contents.describe() | {"proof": proof, "metadata": metadata}
     return GgufFile(path, sha256_of(path), path.stat().st_size, "F16", facts)
 
