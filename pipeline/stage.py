@@ -37,7 +37,7 @@ class StageRecord:
     fingerprint: str
     seconds: float
     peak_memory_bytes: int
-    peak_gpu_bytes: int | None  # None: no GPU was used
+    peak_gpu_bytes: int | None  # None: no GPU is visible
     skipped: bool
 
 
