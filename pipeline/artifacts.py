@@ -53,6 +53,15 @@ class TokenDataset:
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """`path` is JSON lines of {"split", "kind", "ids"}, read with `calibrate.load_calibration`."""
+
+    path: Path
+    sha256: str
+    facts: Facts = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """`path` is a Hugging Face model folder: config, safetensors, tokenizer. `sha256` covers its weights."""
 

@@ -54,3 +54,16 @@ def choose_precision(asked: str, device: str) -> Precision:
             )
         return Precision("bf16", "asked for")
     return Precision("fp32", "asked for")
+
+
+def arithmetic_of(asked: str, device: str) -> Precision:
+    """Of the short trainings after fine-tuning, whose weights are fp32 too. `asked` is auto, fp32 or bf16."""
+    if asked != "auto":
+        return choose_precision(asked, device)
+    if device == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return Precision("bf16", "auto: this GPU has bf16")
+        return Precision("fp32", "auto: this GPU has no bf16")
+    if any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16")):
+        return Precision("bf16", "auto: this CPU multiplies in bf16, twice as fast")
+    return Precision("fp32", "auto: this CPU has no bf16 instructions")

@@ -42,9 +42,23 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     raise CheckFailed(f"found no list of {layers} blocks in {type(model).__name__}: this architecture is not supported")
 
 
+def final_norm(model: PreTrainedModel) -> nn.Module:
+    """The norm between the last block and the head (GPT-2: ln_f, Llama: norm)."""
+    body = model.base_model
+    for name in ("ln_f", "norm"):
+        if isinstance(module := getattr(body, name, None), nn.Module):
+            return module
+    raise CheckFailed(f"found no final norm in {type(body).__name__}: this architecture is not supported")
+
+
 def weight_of(module: nn.Module) -> Tensor:
     """The weight as an (out, in) view: writing to it writes to the module."""
     weight = module.weight.data
     if not isinstance(weight, Tensor):
         raise TypeError(f"{type(module).__name__} has no weight tensor")
     return weight.T if isinstance(module, Conv1D) else weight
+
+
+def ids_of_embeddings(model: PreTrainedModel) -> set[int]:
+    """`id` of the parameters of the token embedding and the output head, one where they are tied."""
+    return {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings())}

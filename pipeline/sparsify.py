@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import logging
 import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from torch import Generator, Tensor
-from transformers import AutoModelForCausalLM
+from torch import Generator, Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pipeline import sparsity
-from pipeline.artifacts import Checkpoint, Facts
+from pipeline.activations import HEAD, Gram, walk
+from pipeline.artifacts import Calibration, Checkpoint, Facts
+from pipeline.calibrate import load_calibration
 from pipeline.config import SparsityConfig
 from pipeline.errors import CheckFailed, ConfigError
-from pipeline.masks import global_masks, keep_mask, n_of_m_mask
+from pipeline.masks import Target, global_masks
 from pipeline.matrices import block_matrices, weight_of
 
 log = logging.getLogger(__name__)
@@ -22,32 +25,41 @@ log = logging.getLogger(__name__)
 GPT2_MATRICES_PER_BLOCK = 4  # c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj; 48 in the 12 blocks of the 124M model
 
 
-def sparsify(dense: Checkpoint, cfg: SparsityConfig, *, seed: int, out: Path) -> Checkpoint:
-    """Zero `cfg.ratio` of every block matrix of `dense`; write the model to `out`.
+def sparsify(
+    dense: Checkpoint, calibration: Calibration, cfg: SparsityConfig, *, device: str, seed: int, out: Path
+) -> Checkpoint:
+    """Zero `cfg.ratio` of every block matrix of `dense`, measured on `calibration`; write the model to `out`.
 
     Embeddings, the head, biases and norms stay as they are. Raises `ConfigError` for a method or pattern that
     does not fit, `CheckFailed` when a matrix holds a NaN or the measured share is not the one asked for.
     """
-    check_method(cfg.method)
-    model = AutoModelForCausalLM.from_pretrained(dense.path, dtype=torch.float32)
+    check_method(cfg)
+    model = AutoModelForCausalLM.from_pretrained(dense.path, dtype=torch.float32).to(device).eval()
     modules = block_matrices(model)
     if model.config.model_type == "gpt2" and len(modules) != GPT2_MATRICES_PER_BLOCK * model.config.n_layer:
         raise CheckFailed(
             f"found {len(modules)} block matrices in a GPT-2 of {model.config.n_layer} layers, needed 4 a layer"
         )
     weights = {name: weight_of(module) for name, module in modules.items()}
+    check_pattern({name: weight.shape[1] for name, weight in weights.items()}, cfg)
+    require_finite(weights)
     untouched = zeros_before(weights)
-    for name, mask in choose_masks(weights, cfg, seed).items():
-        weights[name].mul_(mask)
-    facts = measure(weights, cfg) | {"zeros_before": untouched}
-    model.save_pretrained(out)
+    prune_model(model, load_calibration(calibration, "train"), cfg, seed)
+    facts = measure(weights, cfg) | {"zeros_before": untouched, "calibration_tokens": calibration.facts["tokens"]}
+    model.cpu().save_pretrained(out)
     dense.copy_tokenizer(out)
     return Checkpoint.of(out, facts)
 
 
-def check_method(method: str) -> None:
-    if method not in sparsity.methods():
-        raise ConfigError(f"sparsity.method {method!r} is unknown; choose one of {', '.join(sparsity.methods())}")
+def check_method(cfg: SparsityConfig) -> None:
+    """Raises `ConfigError` for a method that is not there, or that cannot do what is asked of it."""
+    if cfg.method not in sparsity.methods():
+        raise ConfigError(f"sparsity.method {cfg.method!r} is unknown; choose one of {', '.join(sparsity.methods())}")
+    if cfg.scope == "global" and not hasattr(sparsity.load(cfg.method), "scores"):
+        raise ConfigError(
+            f"sparsity.scope global needs a method whose scores compare between matrices, and {cfg.method} fits each "
+            "matrix by itself; choose magnitude, or sparsity.scope matrix"
+        )
 
 
 def check_pattern(widths: dict[str, int], cfg: SparsityConfig) -> None:
@@ -62,23 +74,42 @@ def check_pattern(widths: dict[str, int], cfg: SparsityConfig) -> None:
             )
 
 
-def choose_masks(weights: dict[str, Tensor], cfg: SparsityConfig, seed: int) -> dict[str, Tensor]:
-    """Matrix name to a boolean mask (out, in), True where the weight stays."""
-    check_pattern({name: weight.shape[1] for name, weight in weights.items()}, cfg)
-    method = sparsity.load(cfg.method)
-    scores = {}
+def require_finite(weights: dict[str, Tensor]) -> None:
     for name, weight in weights.items():
         if not torch.isfinite(weight).all():
             raise CheckFailed(f"{name} holds values that are not finite; the tuned model is broken, nothing was pruned")
-        # Seeded by name, so that a matrix gets the same mask whatever comes before it.
-        generator = Generator().manual_seed(seed ^ zlib.crc32(name.encode()))
-        scores[name] = method(weight.float(), generator)
+
+
+def prune_model(model: PreTrainedModel, sequences: Sequence[Sequence[int]], cfg: SparsityConfig, seed: int) -> None:
+    """Prunes the block matrices of `model` in place, each block on the activations of the pruned ones before it."""
+    if cfg.ratio == 0:
+        return
+    target = Target(cfg.exact_ratio, *(cfg.kept if cfg.pattern != "unstructured" else ()))
+    method = sparsity.load(cfg.method)
     if cfg.scope == "global":
-        return global_masks(scores, cfg.ratio)
-    if cfg.pattern == "unstructured":
-        return {name: keep_mask(score, cfg.ratio) for name, score in scores.items()}
-    n, m = cfg.kept
-    return {name: n_of_m_mask(score, n, m) for name, score in scores.items()}
+        weights = {name: weight_of(module) for name, module in block_matrices(model).items()}
+        scores = {name: method.scores(weight, generator_of(name, seed)) for name, weight in weights.items()}
+        for name, mask in global_masks(scores, cfg.ratio).items():
+            weights[name].mul_(mask)
+        return
+    for name, module, gram in matrices_with_grams(model, sequences, cfg.method):
+        weight = weight_of(module)
+        weight.copy_(method.prune(weight.float(), gram, target, generator_of(name, seed)))
+
+
+def matrices_with_grams(
+    model: PreTrainedModel, sequences: Sequence[Sequence[int]], method: str
+) -> Iterator[tuple[str, nn.Module, Gram | None]]:
+    if method in sparsity.NEED_NO_TEXT:
+        yield from ((name, module, None) for name, module in block_matrices(model).items())
+        return
+    for block in walk(model, sequences, f"sparsify {method}"):
+        yield from ((name, module, gram) for name, (module, gram) in block.items() if name != HEAD)
+
+
+def generator_of(name: str, seed: int) -> Generator:
+    """Seeded by name, so that a matrix gets the same mask whatever comes before it."""
+    return Generator().manual_seed(seed ^ zlib.crc32(name.encode()))
 
 
 def zeros_before(weights: dict[str, Tensor]) -> int:

@@ -2,6 +2,13 @@
 
 from torch import Generator, Tensor
 
+from pipeline.activations import Gram
+from pipeline.masks import Target
+
 
 def scores(weight: Tensor, generator: Generator) -> Tensor:
     return weight.abs()
+
+
+def prune(weight: Tensor, gram: Gram | None, target: Target, generator: Generator) -> Tensor:
+    return weight * target.mask(scores(weight, generator))
