@@ -11,16 +11,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import MODEL_ARCH_NAMES, TensorNameMap, get_tensor_name_map
 from gguf.gguf_reader import ReaderTensor
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from pipeline import llama_cpp
 from pipeline.artifacts import Corpus, Facts, TokenDataset
 from pipeline.errors import CheckFailed
 from pipeline.gguf_file import GgufContents
+from pipeline.gguf_names import as_stored, gguf_name, name_map
 from pipeline.llama_cpp import LlamaCpp
 from pipeline.progress import bar
 from pipeline.scoring import torch_logits
@@ -78,34 +78,6 @@ def weights(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118  (not a dict)
                 yield name, file.get_tensor(name)
-
-
-def name_map(config: PreTrainedConfig) -> TensorNameMap:
-    architecture = next(key for key, name in MODEL_ARCH_NAMES.items() if name == config.model_type)
-    return get_tensor_name_map(architecture, config.num_hidden_layers)
-
-
-def gguf_name(names: TensorNameMap, hf_name: str) -> str | None:
-    name: str | None = names.get_name(hf_name, try_suffixes=(".weight", ".bias"))
-    return name
-
-
-def as_stored(hf_name: str, tensor: Tensor, config: PreTrainedConfig) -> Tensor:
-    """In llama.cpp's layout: matrices as (out, in), rotary halves of a head interleaved."""
-    if config.model_type == "gpt2" and hf_name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
-        return tensor.T  # Conv1D keeps (in, out)
-    if config.model_type == "llama" and ".self_attn." in hf_name:
-        if "q_proj" in hf_name:
-            return interleave(tensor, config.num_attention_heads)
-        if "k_proj" in hf_name:
-            return interleave(tensor, config.num_key_value_heads)
-    return tensor
-
-
-def interleave(weight: Tensor, heads: int) -> Tensor:
-    """Rows of each head from (first half, second half), as transformers rotates, to pairs, as llama.cpp does."""
-    halves = weight.reshape(heads, 2, -1, *weight.shape[1:])  # (heads, 2, width / 2, …)
-    return halves.swapaxes(1, 2).reshape(weight.shape)
 
 
 def compare(stored: ReaderTensor, tensor: Tensor) -> str:

@@ -1,5 +1,8 @@
 import json
+import os
 import shutil
+import signal
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +15,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline import gguf_proof
 from pipeline.config import ExportConfig
-from pipeline.errors import CheckFailed
-from pipeline.export import export
+from pipeline.errors import CheckFailed, ConfigError
+from pipeline.export import POSITIONS, export
+from pipeline.extend import with_context
+from pipeline.gguf_f16 import store_as_f16
 from pipeline.gguf_file import GgufContents
-from pipeline.gguf_proof import as_stored, interleave, prove_logits, prove_metadata, prove_tensors, prove_tokens
+from pipeline.gguf_proof import measure as prove_measure
+from pipeline.gguf_proof import prove_logits, prove_metadata, prove_tensors, prove_tokens, rounded_model
+from pipeline.llama_cpp import logits
+from pipeline.scoring import torch_logits
 from tests.exported import corpus_in, inputs
 
 
@@ -28,6 +36,13 @@ def toy(toy_gpt2, tmp_path_factory):
 def exported(toy, llama_cpp, tmp_path_factory):
     out = tmp_path_factory.mktemp("export")
     return export(*toy, ExportConfig(), tools=llama_cpp, name="toy", out=out)
+
+
+@pytest.fixture(scope="module")
+def longer(toy, llama_cpp, tmp_path_factory):
+    """The same model with 4,096 positions."""
+    out = tmp_path_factory.mktemp("longer")
+    return export(*toy, ExportConfig(context=4096), tools=llama_cpp, name="toy", out=out)
 
 
 @pytest.fixture
@@ -133,17 +148,72 @@ def test_a_pre_tokenizer_that_llama_cpp_does_not_know_is_a_failed_check(toy, lla
         export(replace(model, path=changed), corpus, tokens, ExportConfig(), tools=llama_cpp, name="x", out=tmp_path)
 
 
-def test_rotary_rows_are_interleaved_within_each_head():
-    """Two heads, four wide: row pairs (0, 2) and (1, 3) of each are one rotation."""
-    rows = torch.arange(8.0)[:, None]
-    assert interleave(rows, 2)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+def test_more_positions_are_exported_in_f16_and_proved(longer, toy_gpt2):
+    assert longer.facts["metadata"]["context_length"] == 4096
+    assert longer.facts["matrix_types"]["position_embd"] == {"F16": 1}
+    assert longer.facts["tensor_types"] == {"F32": 18, "F16": 10}
+    assert longer.facts["proof"]["tensors_equal"] == longer.facts["tensors"] == 28
+    assert [path.name for path in longer.path.parent.iterdir()] == ["toy-F16.gguf"]
+    stored = GgufContents(longer.path).tensors["position_embd.weight"].data
+    trained = load_file(toy_gpt2 / "model.safetensors")["transformer.wpe.weight"]
+    assert stored.shape == (4096, 256)
+    assert np.array_equal(stored[:1024], trained.half().numpy())
 
 
-def test_grouped_keys_are_interleaved_by_their_own_number_of_heads():
-    config = LlamaConfig(num_attention_heads=4, num_key_value_heads=2)
-    rows = torch.arange(8.0)[:, None]
-    assert torch.equal(as_stored("model.layers.0.self_attn.k_proj.weight", rows, config), interleave(rows, 2))
-    assert torch.equal(as_stored("model.layers.0.self_attn.v_proj.weight", rows, config), rows)
+def test_short_prompts_are_as_without_the_extension_but_for_the_rounding_of_the_table(longer, copy, llama_cpp):
+    """To the last bit once the table of the other file is rounded to F16 too; and that rounding changes little."""
+    prompts = [[50256, *range(n, n + 60)] for n in (100, 2000)] + [[50256, *range(1023)]]
+    ours = np.concatenate(list(logits(llama_cpp, longer.path, prompts)))
+    without = np.concatenate(list(logits(llama_cpp, copy, prompts)))
+    store_as_f16(copy, POSITIONS)
+    rounded = np.concatenate(list(logits(llama_cpp, copy, prompts)))
+    assert np.array_equal(ours, rounded)
+    rms = float(np.sqrt(np.square(ours - without).mean()) / without.std())
+    assert 0 < rms < 1e-3
+
+
+def test_past_the_last_row_llama_cpp_aborts_unless_the_table_was_extended(exported, longer, llama_cpp):
+    """1,101 tokens at -c 4096: what people would run."""
+    settings = ["-c", "4096", "-n", "2", "--temp", "0", "-no-cnv", "--no-warmup", "-p", " the" * 1100]
+    without, extended = (
+        subprocess.run(
+            [llama_cpp.program("llama-completion"), "-m", file.path, *settings],
+            env=os.environ | {"GGML_NO_BACKTRACE": "1"},
+            capture_output=True,
+        ).returncode
+        for file in (exported, longer)
+    )
+    assert without == -signal.SIGABRT
+    assert extended == 0
+
+
+def test_llama_cpp_predicts_what_torch_predicts_past_the_rows_the_model_was_trained_with(
+    longer, toy, llama_cpp, tmp_path
+):
+    ids = [50256, *(n * 7 % 50000 for n in range(1999))]
+    (theirs,) = logits(llama_cpp, longer.path, [ids])
+    model = rounded_model(GgufContents(longer.path), with_context(toy[0].path, 4096, tmp_path))
+    (ours,) = torch_logits(model, [ids])
+    assert prove_measure([(ours[1024:], torch.from_numpy(theirs[1024:]))])["rms"] < 0.002
+
+
+def test_a_sequence_longer_than_the_file_has_positions_for_is_an_error_in_words(exported, longer, llama_cpp):
+    ids = [50256] * 1025
+    with pytest.raises(CheckFailed, match="a sequence of 1025 tokens is longer than the model's context of 1024"):
+        list(logits(llama_cpp, exported.path, [ids]))
+    assert len(next(iter(logits(llama_cpp, longer.path, [ids])))) == 1025
+
+
+def test_a_checkpoint_that_was_extended_is_exported_as_it_is(longer, toy, llama_cpp, tmp_path):
+    model, corpus, tokens = toy
+    trained = with_context(model.path, 4096, tmp_path / "extended")
+    weights = load_file(trained / "model.safetensors")
+    weights["transformer.wpe.weight"][3000] += 1
+    save_file(weights, trained / "model.safetensors", metadata={"format": "pt"})
+    cfg = ExportConfig(context=4096)
+    file = export(replace(model, path=trained), corpus, tokens, cfg, tools=llama_cpp, name="x", out=tmp_path)
+    ours, theirs = (GgufContents(f.path).tensors["position_embd.weight"].data for f in (file, longer))
+    assert np.flatnonzero((ours != theirs).any(axis=1)).tolist() == [3000]
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +230,11 @@ def toy_llama(toy_gpt2, tmp_path_factory):
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(out)
     return out
+
+
+def test_a_llama_cannot_be_given_more_positions(toy_llama, llama_cpp, tmp_path):
+    with pytest.raises(ConfigError, match="the base model is a llama, whose 256 positions are rotary"):
+        export(*inputs(toy_llama, tmp_path), ExportConfig(context=4096), tools=llama_cpp, name="l", out=tmp_path)
 
 
 def test_a_llama_with_grouped_heads_and_its_own_head_is_exported(toy_llama, llama_cpp, tmp_path):
