@@ -11,6 +11,7 @@ QUIET = (
     "transformers",
     "bitsandbytes",
     "datasets",
+    "gguf",
     "httpx",
     "huggingface_hub",
     "urllib3",

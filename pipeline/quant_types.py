@@ -49,17 +49,18 @@ QUANT_TYPES = {
 }
 
 
-def check_types(names: Sequence[str]) -> None:
-    """Raises `ConfigError` for a name that is not in the table, is there twice, or needs what a job does not make."""
+def check_types(names: Sequence[str], importance: bool) -> None:
+    """Raises `ConfigError` for a name that is not in the table, is there twice, or needs an importance matrix where
+    none is made (`importance` is the setting)."""
     for name in names:
         if name not in QUANT_TYPES:
             close = difflib.get_close_matches(name.upper(), QUANT_TYPES, n=1, cutoff=0.5)
             hint = f"did you mean {close[0]}? " if close else ""
             raise ConfigError(f"quantize.types: {name} is unknown; {hint}Known are {', '.join(QUANT_TYPES)}")
-        if QUANT_TYPES[name].needs_importance:
+        if QUANT_TYPES[name].needs_importance and not importance:
             raise ConfigError(
-                f"quantize.types: {name} needs an importance matrix, and this job makes none; choose a type that "
-                "does without, for example Q2_K"
+                f"quantize.types: {name} needs an importance matrix, but quantize.importance is false; set it to true "
+                "or choose a type that does without, for example Q2_K"
             )
     if len(set(names)) < len(names):
         raise ConfigError(f"quantize.types names a type twice: {', '.join(names)}; list each once")

@@ -13,8 +13,9 @@ set -euo pipefail
 
 package=llama-cpp-python version=0.3.36   # the newest release whose llama.cpp converts with transformers 5
 sha256=832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e
-# llama-probe is ours; llama-completion is what the model card tells people to run, so a test runs it too
-programs=(llama-quantize llama-completion llama-bench llama-probe)
+# llama-probe is ours; llama-completion is what the model card tells people to run, so a test runs it too;
+# llama-imatrix is what our importance matrix is tested against
+programs=(llama-quantize llama-completion llama-bench llama-imatrix llama-probe)
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 recipe=$here/llama_cpp
