@@ -28,13 +28,13 @@ class Finished(NamedTuple):
     peak_bytes: int
 
 
-def run(command: Sequence[str | Path], *, writes_in: Path | None = None) -> Finished:
-    """Runs one program to its end; what it prints need not be UTF-8.
+def run(command: Sequence[str | Path], *, writes_in: Path | None = None, cwd: Path | None = None) -> Finished:
+    """Runs one program to its end, in the folder `cwd` where given; what it prints need not be UTF-8.
 
     Raises `CheckFailed` with its last line when it fails, `MachineError` when memory or the disk of `writes_in`
     ran out.
     """
-    with tempfile.TemporaryFile() as stdout, started(command, stdout=stdout) as (process, stderr):
+    with tempfile.TemporaryFile() as stdout, started(command, stdout=stdout, cwd=cwd) as (process, stderr):
         peak_bytes = watch(process)
         saw_tool(peak_bytes)
         require_success(process, stderr, writes_in)
@@ -58,7 +58,11 @@ def watch(process: Process) -> int:
 
 @contextmanager
 def started(
-    command: Sequence[str | Path], *, stdin: int = subprocess.DEVNULL, stdout: int | IO[bytes]
+    command: Sequence[str | Path],
+    *,
+    stdin: int = subprocess.DEVNULL,
+    stdout: int | IO[bytes],
+    cwd: Path | None = None,
 ) -> Iterator[tuple[Process, IO[bytes]]]:
     """A running program and the file its stderr goes to. It does not outlive the block, however that is left."""
     # llama.cpp takes options from LLAMA_ARG_* too; what runs here depends on its arguments alone
@@ -67,7 +71,7 @@ def started(
     # size made 1 token a second with the default, 13 with this; on idle cores 110 and 103.
     environment.setdefault("GOMP_SPINCOUNT", "1000")
     with tempfile.TemporaryFile() as stderr:
-        process = subprocess.Popen(command, stdin=stdin, stdout=stdout, stderr=stderr, env=environment)
+        process = subprocess.Popen(command, stdin=stdin, stdout=stdout, stderr=stderr, env=environment, cwd=cwd)
         try:
             yield process, stderr
         finally:

@@ -15,12 +15,15 @@ from pipeline import child
 from pipeline.artifacts import Checkpoint, Corpus, Facts, GgufFile, TokenDataset, sha256_of
 from pipeline.config import ExportConfig
 from pipeline.errors import CheckFailed
+from pipeline.extend import with_context
+from pipeline.gguf_f16 import store_as_f16
 from pipeline.gguf_file import GgufContents
 from pipeline.gguf_proof import prove_logits, prove_metadata, prove_tensors, prove_tokens
 from pipeline.llama_cpp import CONVERTER, LlamaCpp
 
 log = logging.getLogger(__name__)
 
+POSITIONS = "position_embd.weight"
 ADD_BOS = "tokenizer.ggml.add_bos_token"
 
 
@@ -34,19 +37,22 @@ def export(
     name: str,
     out: Path,
 ) -> GgufFile:
-    """`checkpoint` as NAME-F16.gguf, proved equal to it.
+    """`checkpoint` as NAME-F16.gguf, proved equal to it; with `cfg.context`, of that many positions, stored in F16.
 
-    Raises `CheckFailed` naming what differs: a tensor, a quote's token ids, the logits, or a piece of metadata.
+    A checkpoint that `extend` has not given them gets them filled. Raises `ConfigError` where it cannot, `CheckFailed`
+    naming what differs: a tensor, a quote's token ids, the logits, or a piece of metadata.
     """
     path = out / f"{name}-F16.gguf"
-    convert(checkpoint.path, tools, name, path)
-    contents = GgufContents(path)
-    metadata = prove_metadata(contents, checkpoint.path, tokens.begin_id, tokens.end_id)
-    proof: Facts = {
-        "tensors_equal": prove_tensors(contents, checkpoint.path),
-        "quotes_tokenized": prove_tokens(path, corpus, checkpoint.path, tools),
-        "logits": prove_logits(contents, checkpoint.path, tokens, cfg.logits_tolerance, tools),
-    }
+    with tempfile.TemporaryDirectory(dir=out) as folder:
+        source = with_context(checkpoint.path, cfg.context, Path(folder))
+        convert(source, tools, name, path, f16_positions=bool(cfg.context))
+        contents = GgufContents(path)
+        metadata = prove_metadata(contents, source, tokens.begin_id, tokens.end_id)
+        proof: Facts = {
+            "tensors_equal": prove_tensors(contents, source),
+            "quotes_tokenized": prove_tokens(path, corpus, source, tools),
+            "logits": prove_logits(contents, source, tokens, cfg.logits_tolerance, tools),
+        }
     log.info(
         "export: %d tensors equal, token ids of %d quotes equal, log-probabilities within %.4f of their deviation",
         proof["tensors_equal"],
@@ -57,7 +63,7 @@ def export(
     return GgufFile(path, sha256_of(path), path.stat().st_size, "F16", facts)
 
 
-def convert(checkpoint: Path, tools: LlamaCpp, name: str, path: Path) -> None:
+def convert(checkpoint: Path, tools: LlamaCpp, name: str, path: Path, *, f16_positions: bool = False) -> None:
     """Writes `path`. Raises `CheckFailed` with the converter's last line."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         view = Path(folder)
@@ -73,6 +79,8 @@ def convert(checkpoint: Path, tools: LlamaCpp, name: str, path: Path) -> None:
         ]
         child.run([*command, "--model-name", name], writes_in=path.parent)
     set_add_bos(path)
+    if f16_positions:
+        store_as_f16(path, POSITIONS)
 
 
 def lay_out(checkpoint: Path, view: Path) -> None:

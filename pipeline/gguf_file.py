@@ -33,7 +33,8 @@ class GgufContents:
         except (ValueError, IndexError, KeyError, OSError) as e:  # numpy's own words for reading past the end
             raise CheckFailed(f"{path} is not a whole GGUF file ({e}); delete its folder and run again") from e
         self.path = path
-        self.data_offset = int(reader.data_offset)
+        last = reader.tensors[-1].field
+        self.header_bytes = int(last.offset + sum(part.nbytes for part in last.parts))  # before it is aligned
         self.tensors: dict[str, ReaderTensor] = {tensor.name: tensor for tensor in reader.tensors}
         prefix = f"{reader.fields['general.architecture'].contents()}."
         self.metadata: dict[str, Any] = {

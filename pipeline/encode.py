@@ -1,0 +1,57 @@
+"""The block matrices of a model in their k-quant types, block by block on what the quantized blocks before make."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pipeline.activations import HEAD, Gram, walk
+from pipeline.gptq import encode
+from pipeline.grid import padded, whole_blocks
+from pipeline.hessian import inverse_factor
+from pipeline.kquants import KQuant
+from pipeline.matrices import weight_of
+
+
+def encode_model(
+    model: PreTrainedModel,
+    sequences: Sequence[Sequence[int]],
+    types: Mapping[str, str],
+    *,
+    others: Mapping[str, Tensor] | None = None,
+    keep_zeros: bool = False,
+) -> dict[str, KQuant]:
+    """Encodes the matrices named in `types` (module name, or `HEAD`, to k-quant), and leaves `model` with them.
+
+    `others` are matrices (out, in) of other types as the file holds them; they are put into the model, so that the
+    blocks after them are fitted to what they will get. Rows that are no multiple of 256 are filled with zeros, which
+    only a bench may do: GGUF has no such rows. Zeros of block matrices count as pruned.
+    """
+    found = {}
+    for block in walk(model, sequences, "quantize"):
+        for name, (module, gram) in block.items():
+            if name in types:
+                found[name] = encode_module(module, gram, types[name], pruned=name != HEAD, keep_zeros=keep_zeros)
+            elif others and name in others:
+                weight_of(module).copy_(others[name])
+    return found
+
+
+@torch.no_grad()
+def encode_module(module: nn.Module, gram: Gram, kind: str, *, pruned: bool, keep_zeros: bool) -> KQuant:
+    weight = weight_of(module)
+    columns = weight.shape[1]
+    wide = padded(weight.float(), whole_blocks(columns))
+    kept = wide != 0 if pruned else None
+    factor = inverse_factor(Gram(square(gram.total, wide.shape[1]), gram.tokens))
+    quantized = encode(wide, factor, kind, kept=kept, keep_zeros=keep_zeros and pruned)
+    weight.copy_(quantized.dequantize()[:, :columns])
+    return quantized
+
+
+def square(gram: Tensor, size: int) -> Tensor:
+    missing = size - len(gram)
+    return nn.functional.pad(gram, (0, missing, 0, missing)) if missing else gram

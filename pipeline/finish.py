@@ -1,0 +1,144 @@
+"""Quantized file to finished file: what it holds is trained, on its exact grid, to predict what the tuned model does.
+
+Types and sizes stay as they are. Trained are what the file keeps in F32 (biases, norms, positions) and, unless
+`finish.train` is vectors, the codes and the block scales of the Q2_K, Q3_K and Q6_K block matrices.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from pipeline.artifacts import Calibration, Checkpoint, Facts, GgufFile, GgufSet, sha256_of
+from pipeline.calibrate import load_calibration
+from pipeline.config import FinishConfig
+from pipeline.device import arithmetic_of
+from pipeline.distill import Group, Recipe, distill
+from pipeline.errors import CheckFailed
+from pipeline.gguf_file import GgufContents
+from pipeline.gguf_weights import load_weights, read_kquants, write_kquants, write_vectors
+from pipeline.grid import Grid, put_on_grid, take_off_grid
+from pipeline.kquants import KQuant
+from pipeline.matrices import block_matrices, ids_of_embeddings, weight_of
+
+log = logging.getLogger(__name__)
+
+# The learning rate is that of the vectors. A place lies in a cell one wide, where a weight is about a tenth of that,
+# and a gain is relative to its scale.
+PLACE_RATE = 100.0
+GAIN_RATE = 10.0
+
+
+def finish(
+    quantized: GgufSet,
+    recovered: Checkpoint,
+    tuned: Checkpoint,
+    calibration: Calibration,
+    cfg: FinishConfig,
+    *,
+    device: str,
+    seed: int,
+    out: Path,
+) -> GgufSet:
+    """Each file of `quantized` trained against `tuned`, under the same name in `out`.
+
+    F16 files are not trained. A file whose validation loss does not fall stays as it was. Raises `CheckFailed` when
+    the loss is not finite, or when a file has another size or other types than before.
+    """
+    return GgufSet(
+        tuple(finish_file(file, recovered, tuned, calibration, cfg, device, seed, out) for file in quantized.files)
+    )
+
+
+def finish_file(
+    file: GgufFile,
+    recovered: Checkpoint,
+    tuned: Checkpoint,
+    calibration: Calibration,
+    cfg: FinishConfig,
+    device: str,
+    seed: int,
+    out: Path,
+) -> GgufFile:
+    path = out / file.path.name
+    shutil.copyfile(file.path, path)
+    if not cfg.steps or file.type == "F16":
+        reason = "finish.steps is 0" if file.type != "F16" else "F16 has nothing to make up for"
+        return GgufFile(path, file.sha256, file.size_bytes, file.type, file.facts | {"finish": {"reason": reason}})
+    train, validation = (load_calibration(calibration, split) for split in ("train", "validation"))
+    precision = arithmetic_of(cfg.precision, device).name
+    recipe = Recipe(cfg.steps, cfg.batch_tokens, cfg.learning_rate, cfg.patience, precision, seed)
+    whole = load(recovered, device)
+    kept = {name: weight_of(module) != 0 for name, module in block_matrices(whole).items()}
+    weights = {name: weight_of(module) for name, module in block_matrices(whole).items()}
+    student = load(recovered, device)
+    load_weights(student, path)
+    kquants = read_kquants(student, path) if cfg.train == "all" else {}
+    facts = finish_model(student, load(tuned, device), kquants, weights, kept, train, validation, recipe)
+    write_vectors(student, path)
+    write_kquants(student, path, facts.pop("kquants"))
+    log.info(
+        "finish: %s, validation KL %.4f to %.4f nats a token",
+        path.name,
+        facts["validation_kl_before"],
+        facts["validation_kl"],
+    )
+    return checked(file, path, facts)
+
+
+def load(checkpoint: Checkpoint, device: str) -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32)
+    return model.to(device).eval()
+
+
+def finish_model(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    kquants: Mapping[str, KQuant],
+    weights: Mapping[str, Tensor],
+    kept: Mapping[str, Tensor],
+    train: Sequence[Sequence[int]],
+    validation: Sequence[Sequence[int]],
+    recipe: Recipe,
+) -> Facts:
+    """Trains `student`, which computes with the quantized weights, in place.
+
+    `kquants`, by matrix name, are trained on their grids, from the `weights` (out, in) they were rounded from; of
+    those not `kept` the codes stay. The facts have the trained ones under `kquants`.
+    """
+    modules = block_matrices(student)
+    names = {id(module.weight) for module in modules.values()}
+    vectors = [p for p in student.parameters() if id(p) not in names | ids_of_embeddings(student)]
+    grids: dict[str, Grid] = {
+        name: put_on_grid(modules[name], kquant, weights[name], kept[name]) for name, kquant in kquants.items()
+    }
+    groups = [Group(vectors)]
+    if grids:
+        groups.append(Group([grid.place for grid in grids.values()], PLACE_RATE))
+        groups.append(Group([gain for grid in grids.values() for gain in (grid.gain, grid.min_gain)], GAIN_RATE))
+    facts = distill(student, teacher, train, validation, groups, recipe, what="finish")
+    trained = {name: grid.quantized() for name, grid in grids.items()}
+    for name in grids:
+        take_off_grid(modules[name])
+    return facts | {"kquants": trained, "codes_changed": codes_changed(kquants, trained)}
+
+
+def codes_changed(before: Mapping[str, KQuant], after: Mapping[str, KQuant]) -> float:
+    """Share of all trained weights that have another code now."""
+    changed = sum(int((before[name].codes != after[name].codes).sum()) for name in before)
+    return changed / max(1, sum(kquant.codes.numel() for kquant in before.values()))
+
+
+def checked(before: GgufFile, path: Path, facts: Facts) -> GgufFile:
+    """The finished file described; `CheckFailed` unless it has the size and the types it had."""
+    described = GgufContents(path).describe()
+    size = path.stat().st_size
+    if size != before.size_bytes or described["tensor_types"] != before.facts["tensor_types"]:
+        raise CheckFailed(f"finishing changed the size or the types of {path.name}; this is a bug")
+    return GgufFile(path, sha256_of(path), size, before.type, before.facts | described | {"finish": facts})

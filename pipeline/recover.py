@@ -1,0 +1,101 @@
+"""Pruned model to recovered model: the weights that pruning left are trained, those it zeroed stay zero."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from pipeline.artifacts import Calibration, Checkpoint, Facts
+from pipeline.calibrate import load_calibration
+from pipeline.config import RecoverConfig
+from pipeline.device import arithmetic_of
+from pipeline.distill import Group, Recipe, distill
+from pipeline.errors import CheckFailed
+from pipeline.matrices import block_matrices, ids_of_embeddings, weight_of
+
+log = logging.getLogger(__name__)
+
+
+def recover(
+    pruned: Checkpoint,
+    tuned: Checkpoint,
+    calibration: Calibration,
+    cfg: RecoverConfig,
+    *,
+    device: str,
+    seed: int,
+    out: Path,
+) -> Checkpoint:
+    """`pruned` trained to predict what `tuned` predicts on the calibration text; written to `out`.
+
+    The blocks, norms and positions learn; token embeddings and head stay. Every zero of `pruned` is still zero:
+    `CheckFailed` if not, or if the loss is not finite.
+    """
+    student = load(pruned, device)
+    before = zero_counts(student)
+    facts: Facts = {"steps": 0, "reason": "recover.steps is 0"}
+    if cfg.steps and any(before.values()):
+        train, validation = (load_calibration(calibration, split) for split in ("train", "validation"))
+        recipe = Recipe(
+            cfg.steps,
+            cfg.batch_tokens,
+            cfg.learning_rate,
+            cfg.patience,
+            arithmetic_of(cfg.precision, device).name,
+            seed,
+            cfg.features,
+        )
+        facts = recover_model(student, load(tuned, device), train, validation, recipe)
+        require_zeros(before, zero_counts(student))
+        log.info(
+            "recover: validation KL %.4f to %.4f nats a token", facts["validation_kl_before"], facts["validation_kl"]
+        )
+    elif cfg.steps:
+        facts = {"steps": 0, "reason": "nothing was pruned"}
+    student.cpu().save_pretrained(out)
+    tuned.copy_tokenizer(out)
+    return Checkpoint.of(out, facts | {"zeros": share_of_zeros(student)})
+
+
+def load(checkpoint: Checkpoint, device: str) -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32)
+    return model.to(device).eval()  # no dropout: the teacher has none, and the steps are few
+
+
+def recover_model(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    train: Sequence[Sequence[int]],
+    validation: Sequence[Sequence[int]],
+    recipe: Recipe,
+) -> Facts:
+    """Trains `student` in place with the mask of its zeros fixed."""
+    masked = [(weight, weight != 0) for weight in map(weight_of, block_matrices(student).values())]
+    learning = [parameter for parameter in student.parameters() if id(parameter) not in ids_of_embeddings(student)]
+
+    def keep_zeros() -> None:
+        for weight, kept in masked:
+            weight.mul_(kept)
+
+    return distill(
+        student, teacher, train, validation, [Group(learning)], recipe, what="recover", after_step=keep_zeros
+    )
+
+
+def zero_counts(model: PreTrainedModel) -> dict[str, int]:
+    return {name: int((weight_of(module) == 0).sum()) for name, module in block_matrices(model).items()}
+
+
+def share_of_zeros(model: PreTrainedModel) -> float:
+    weights = sum(weight_of(module).numel() for module in block_matrices(model).values())
+    return sum(zero_counts(model).values()) / weights
+
+
+def require_zeros(before: dict[str, int], after: dict[str, int]) -> None:
+    for name, count in before.items():
+        if after[name] < count:
+            raise CheckFailed(f"recovery left {after[name]} zeros in {name}, pruning made {count}; this is a bug")
