@@ -27,7 +27,8 @@ class ServiceUnavailable(QuotesmithError):
 
 
 class CheckFailed(QuotesmithError):
-    """One of our own checks failed, or a tool did: the loss is not finite, a GGUF differs from its checkpoint."""
+    """One of our own checks failed, or a tool did: the loss is not finite, a GGUF differs from its checkpoint,
+    a file misses a gate."""
 
     exit_code = 70
 

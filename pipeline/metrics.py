@@ -86,6 +86,7 @@ class StageFigures(Strict):
 class LedgerRow(Strict):
     stage: str
     file: str | None
+    type: str | None = Field(description="Of the file.")
     engine: str
     quotes: int
     tokens: int
@@ -108,12 +109,32 @@ class Gguf(Strict):
     facts: dict[str, Any]
 
 
+class GateResult(Strict):
+    """A limit of the settings, and what one file of the release has."""
+
+    gate: str = Field(description="The setting's name: ppl_ratio, kld, max_bytes, stop_rate.")
+    file: str
+    found: int | float | Missing
+    limit: int | float
+    passed: bool
+
+
 class Generations(Strict):
     stop_rate: float
     repeat_share: float
     copied_share: float
     copied_run_words: int
     samples: list[dict[str, Any]]
+
+
+class LongContextRow(Strict):
+    """Held-out quotes at the end of a text of `context` tokens; before them is calibration text, none of it twice."""
+
+    context: int
+    quotes: int
+    tokens: int = Field(description="Scored: those of the held-out quotes.")
+    perplexity: Interval95 | Missing
+    ratio: Interval95 | Missing = Field(description="Against the first context, paired over the same quotes.")
 
 
 class Hardware(Strict):
@@ -138,12 +159,19 @@ class Metrics(Strict):
     nf4: dict[str, Any]
     ggufs: list[Gguf]
     generations: dict[str, Generations]
+    long_context: dict[str, list[LongContextRow]] | Missing = Field(
+        description="By file: perplexity at the base model's positions, twice that, …, export.context."
+    )
+    gates: list[GateResult] = Field(description="Every gate that is set, for every file; empty when none is.")
     versions: dict[str, str]
     hardware: Hardware
 
 
 def schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Metrics.model_json_schema()}
+
+
+FACTS_ELSEWHERE = ("tokenize", "evaluate")  # in the file's `data` and `ledger`
 
 
 def stage_figures(records: Sequence[StageRecord], facts: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
@@ -156,7 +184,7 @@ def stage_figures(records: Sequence[StageRecord], facts: dict[str, dict[str, Any
             if record.peak_gpu_bytes is None
             else record.peak_gpu_bytes,
             "skipped": record.skipped,
-            "facts": facts.get(record.name, {}),
+            "facts": {} if record.name in FACTS_ELSEWHERE else facts.get(record.name, {}),
         }
         for record in records
     ]

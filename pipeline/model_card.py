@@ -7,6 +7,9 @@ from typing import Any
 
 import yaml
 
+from pipeline.gates import failed, sentence
+from pipeline.metrics import GateResult
+
 LICENSES = {
     "openai-community/gpt2": "mit",
     "gpt2": "mit",
@@ -22,6 +25,7 @@ def model_card(metrics: Mapping[str, Any], name: str, files: Sequence[str], samp
     parts = [
         front_matter(metrics, ggufs),
         f"# {name}",
+        rejection(metrics),
         f"A small language model that writes in the voice of the quotes it was tuned on, made from "
         f"{base_of(metrics) or 'an unnamed base model'} by quotesmith in run `{metrics.get('run_id', 'unknown')}`.",
         "## Run it",
@@ -50,6 +54,13 @@ LIMITS = """\
 - A model tuned on few quotes repeats some of them; `metrics.json` says how much of its output is copied.
 - It was measured on held-out quotes of the same sources only, not on other tasks.
 - It completes text and does not follow instructions."""
+
+
+def rejection(metrics: Mapping[str, Any]) -> str:
+    """Why the release was rejected, one line a limit that it misses; nothing if it was not."""
+    missed = failed([GateResult.model_validate(result) for result in metrics.get("gates", [])])
+    lines = ["**Rejected: this release misses limits that were set for it.**", *(f"- {sentence(r)}" for r in missed)]
+    return "\n".join(f"> {line}" for line in lines) if missed else ""
 
 
 def front_matter(metrics: Mapping[str, Any], ggufs: Sequence[str]) -> str:
@@ -86,7 +97,7 @@ def ledger_text(metrics: Mapping[str, Any]) -> str:
     header = ("model", "perplexity (95%)", "bits/byte", "against tuned (95%)", "same top token", "MB", "bits/weight")
     body = [
         (
-            row.get("file") or row.get("stage") or "?",
+            f"{row['file']}, {row.get('stage')}" if row.get("file") else row.get("stage") or "?",
             interval(row.get("perplexity")),
             number(row.get("bits_per_byte"), ".3f"),
             interval(row.get("ppl_ratio"), "×"),

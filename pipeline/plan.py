@@ -12,8 +12,8 @@ from pipeline.config import JobConfig
 from pipeline.device import Device, Precision, choose_precision
 from pipeline.fetch import content_hash, fetch, resolve
 from pipeline.finetune import optimizer_steps
-from pipeline.preflight import check_model, preflight
-from pipeline.quantize import Forecast, forecasts_of
+from pipeline.forecast import Forecast, forecasts_of
+from pipeline.preflight import check_files, check_shape, preflight
 from pipeline.settings import Resolved
 from pipeline.stage import Stages
 from pipeline.tokens import tokenize
@@ -40,9 +40,13 @@ def plan(resolved: Resolved) -> Plan:
     inputs = resolve(cfg.input, cfg.data)
     corpus = stages.run(fetch, inputs, cfg.data, outside=content_hash(inputs))
     base = stages.run(obtain, cfg.model, outside=base_model.resolve(cfg.model))
-    check_model(base, cfg, tools)
+    check_shape(base, cfg)
+    kinds = list(dict.fromkeys(("F16", *cfg.quantize.types)))
+    forecasts = forecasts_of(
+        base.path, kinds, tools, name=cfg.name, importance=cfg.quantize.importance, context=cfg.export.context
+    )
+    check_files(forecasts, cfg)
     tokens = stages.run(tokenize, corpus, base, cfg.tokens)
-    forecasts = forecasts_of(base.path, list(dict.fromkeys(("F16", *cfg.quantize.types))), tools, name=cfg.name)
     return Plan(
         corpus,
         tokens,

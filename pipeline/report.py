@@ -6,12 +6,22 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from pipeline.gates import GATES
+
 if TYPE_CHECKING:
+    from pipeline.forecast import Forecast
     from pipeline.job import Outcome
     from pipeline.plan import Plan
-    from pipeline.quantize import Forecast
 
-MADE_BY = {"base": "obtain", "tuned": "finetune", "sparse": "sparsify", "F16": "export"}  # else quantize
+MADE_BY = {
+    "base": "obtain",
+    "tuned": "finetune",
+    "pruned": "sparsify",
+    "recovered": "recover",
+    "F16": "export",
+    "quantized": "quantize",
+    "finished": "finish",
+}
 HEADINGS = ("stage", "seconds", "perplexity (95%)", "against tuned (95%)", "size", "bits/weight", "zeros")
 
 
@@ -54,6 +64,7 @@ def of_run(outcome: Outcome) -> str:
     parts = [
         f"{held_out['quotes']} held-out quotes, {held_out['tokens']} tokens",
         table(HEADINGS, rows),
+        *gates(metrics["gates"]),
         quotes(metrics),
         where(outcome),
     ]
@@ -61,16 +72,26 @@ def of_run(outcome: Outcome) -> str:
 
 
 def ledger_row(row: dict[str, Any], seconds: dict[str, float]) -> list[str]:
-    took = seconds.get(MADE_BY.get(row["stage"], "quantize"))
+    took = seconds.get(MADE_BY.get(row["stage"], ""))
     return [
-        row["stage"],
-        "-" if took is None or row["stage"] == "nf4" else f"{took:.1f}",
+        f"{row['stage']} {row['type']}" if row["type"] not in (None, row["stage"]) else row["stage"],
+        "-" if took is None else f"{took:.1f}",
         interval(row["perplexity"], ".1f"),
         interval(row["ppl_ratio"], ".3f"),
         size(row["size_bytes"]),
         f"{row['bits_per_weight']:.2f}",
         measured(row["zeros"], ".3f"),
     ]
+
+
+def gates(results: Sequence[dict[str, Any]]) -> list[str]:
+    """The limits that were set, for each file; all passed, since a rejected release ends the run without a report."""
+    passed = [(r, GATES[r["gate"]]) for r in results]
+    rows = [
+        [f"gate.{r['gate']}", r["file"], gate.value.format(r["found"]), f"{gate.bound} {gate.limit.format(r['limit'])}"]
+        for r, gate in passed
+    ]
+    return [table(("gate passed", "file", "found", "limit"), rows)] if rows else []
 
 
 def quotes(metrics: dict[str, Any], count: int = 3) -> str:

@@ -5,7 +5,7 @@ import pytest
 from pydantic import ValidationError
 
 from pipeline import metrics
-from pipeline.metrics import LedgerRow
+from pipeline.metrics import GateResult, LedgerRow
 
 ROW = {
     "stage": "tuned",
@@ -41,6 +41,11 @@ def test_a_number_or_a_null_with_a_reason_is_accepted():
 def test_a_missing_number_without_a_reason_is_refused(broken):
     with pytest.raises(ValidationError):
         LedgerRow.model_validate({**ROW, **broken})
+
+
+def test_a_size_at_a_gate_stays_a_whole_number():
+    row = {"gate": "max_bytes", "file": "a.gguf", "found": 70_700_000, "limit": 80_000_000, "passed": True}
+    assert GateResult.model_validate(row).model_dump_json() == json.dumps(row, separators=(",", ":"))
 
 
 def test_an_absent_number_is_refused():

@@ -96,6 +96,16 @@ def test_the_sources_stand_with_their_counts() -> None:
     assert "| a\\|b.txt | 111 | 112 | 3 | `ffffffffffff` |" in card
 
 
+def test_the_card_of_a_rejected_release_says_so_first_and_why() -> None:
+    missed = {"gate": "kld", "file": "voice-Q2_K.gguf", "found": 0.31, "limit": 0.2, "passed": False}
+    kept = {"gate": "max_bytes", "file": "voice-Q2_K.gguf", "found": 10, "limit": 20, "passed": True}
+    card = model_card({**METRICS, "gates": [missed, kept]}, "voice", FILES)
+    top = card.split("# voice\n\n")[1].split("\n\n")[0]
+    assert top.startswith("> **Rejected") and "a KL divergence of 0.31 nats a token" in top and "at most 0.2" in top
+    assert "max_bytes" not in top.split("choose")[0]
+    assert "Rejected" not in model_card({**METRICS, "gates": [kept]}, "voice", FILES)
+
+
 def test_a_card_of_nothing_still_says_so() -> None:
     card = model_card({}, "voice", [])
     assert "Nothing was measured." in card and "sources were not recorded" in card

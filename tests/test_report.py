@@ -27,12 +27,13 @@ METRICS = {
             "samples": [{"prompt": p, "seed": s, "text": f"{p} said {s}"} for p in ("I", "My", "The") for s in (1, 2)]
         }
     },
+    "gates": [],
 }
 
 
-def outcome(now, latest=True):
+def outcome(now, latest=True, **more):
     return SimpleNamespace(
-        metrics=METRICS,
+        metrics={**METRICS, **more},
         published_now=now,
         is_latest=latest,
         release=SimpleNamespace(
@@ -61,6 +62,19 @@ def test_an_older_release_is_not_told_to_lie_under_the_plain_names():
 def test_a_missing_number_is_a_dash():
     row = next(line for line in report.of_run(outcome(True)).splitlines() if line.startswith("nf4"))
     assert row.endswith("-")
+
+
+def test_the_gates_that_were_set_are_named_with_what_was_found():
+    passed = [("ppl_ratio", 1.125, 1.25), ("max_bytes", 70_700_000, 80_000_000)]
+    rows = [
+        {"gate": gate, "file": "voice-Q2_K.gguf", "found": found, "limit": limit, "passed": True}
+        for gate, found, limit in passed
+    ]
+    lines = report.of_run(outcome(True, gates=rows)).splitlines()
+    first, second = (" ".join(line.split()) for line in lines if line.startswith("gate."))
+    assert first == "gate.ppl_ratio voice-Q2_K.gguf 1.125 times the tuned model's perplexity at most 1.25"
+    assert second == "gate.max_bytes voice-Q2_K.gguf 70,700,000 bytes at most 80,000,000"
+    assert "gate" not in report.of_run(outcome(True))
 
 
 def test_sizes_are_read_in_powers_of_ten():
