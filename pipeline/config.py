@@ -118,11 +118,27 @@ class FourbitConfig(Section):
     enabled: bool = Field(True, description="Load the tuned model back with bitsandbytes NF4 and measure it.")
 
 
+class CalibrationConfig(Section):
+    """The text that pruning, recovery and quantization measure the model on; never the hold-out."""
+
+    generated: int = Field(
+        192, ge=0, description="Texts sampled from the tuned model to calibrate on, beside the training quotes."
+    )
+    text: str = Field("", description="A text file, local or in a bucket, to calibrate on too.")
+    max_tokens: int = Field(32_768, ge=256, description="Calibration tokens at most, evenly from every kind of text.")
+    validation: Annotated[float, Field(gt=0, le=0.5)] = Field(
+        0.1, description="Share of it that recovery and finishing stop by instead of learning from."
+    )
+
+
 class SparsityConfig(Section):
     """Zeroing weights of the block matrices."""
 
-    method: str = Field("magnitude", description="magnitude, random: a file in pipeline/sparsity/.")
+    method: str = Field("sparsegpt", description="sparsegpt, wanda, magnitude, random: a file in pipeline/sparsity/.")
     ratio: Annotated[float, Field(ge=0, lt=1)] = Field(0.5, description="Share of weights set to zero.")
+    keep_zeros: bool = Field(
+        False, description="Pruned weights are exactly zero in the GGUF too, at the quality cost that metrics.json has."
+    )
     scope: Literal["matrix", "global"] = Field(
         "matrix", description="matrix: the same share in each; global: one threshold for all."
     )
@@ -160,8 +176,28 @@ class SparsityConfig(Section):
         return self
 
 
+class RecoverConfig(Section):
+    """Training the weights that pruning left, the mask fixed, to predict what the tuned model predicts."""
+
+    steps: int = Field(60, ge=0, description="Optimizer steps; 0: no recovery.")
+    batch_tokens: int = Field(1024, ge=32, description="Tokens a step at most.")
+    learning_rate: float = Field(1e-4, gt=0, le=1, description="The highest learning rate of the schedule.")
+    features: float = Field(
+        0.0, ge=0, description="Weight of the difference in the blocks' outputs, beside that in the predictions."
+    )
+    patience: int = Field(3, ge=1, description="Stop after this many validations without a lower loss.")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="Of the arithmetic. auto: bf16 where the GPU or CPU has instructions for it."
+    )
+
+
 class ExportConfig(Section):
     """The F16 GGUF and its proof."""
+
+    context: int = Field(
+        0, ge=0, description="Positions of the exported model, more than the base model's; 0: as many as it has."
+    )
+    context_steps: int = Field(0, ge=0, description="Steps of training on the positions that were added.")
 
     logits_tolerance: float = Field(
         0.01,
@@ -178,6 +214,30 @@ class QuantizeConfig(Section):
     fallback: Literal["warn", "error"] = Field(
         "warn", description="What to do when llama-quantize stores a matrix in another type than asked for."
     )
+    encoder: Literal["gptq", "llama.cpp"] = Field(
+        "gptq",
+        description="What rounds Q2_K, Q3_K and Q6_K tensors. gptq: our encoder, with error feedback. llama.cpp: "
+        "llama-quantize.",
+    )
+    importance: bool = Field(True, description="Give llama-quantize an importance matrix of the calibration text.")
+    max_bytes: int = Field(
+        0, ge=0, description="Choose tensor types by their measured effect so that the file fits; 0: the type's own."
+    )
+
+
+class FinishConfig(Section):
+    """Training the quantized file to predict what the tuned model predicts, on its exact grid."""
+
+    steps: int = Field(60, ge=0, description="Optimizer steps; 0: the file stays as it was quantized.")
+    train: Literal["all", "vectors"] = Field(
+        "all",
+        description="vectors: what the file keeps in F32 (biases, norms, positions). all: also the rounding and the "
+        "scales of the matrices.",
+    )
+    batch_tokens: int = Field(1024, ge=32, description="Tokens a step at most.")
+    learning_rate: float = Field(5e-5, gt=0, le=1, description="The highest learning rate of the schedule.")
+    patience: int = Field(3, ge=1, description="Stop after this many validations without a lower loss.")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="As in recovery.")
 
 
 SAMPLING = ("max_new_tokens", "temperature", "top_p", "repeat_penalty")
@@ -208,6 +268,18 @@ class EvaluateConfig(Section):
         return {name: getattr(self, name) for name in SAMPLING}
 
 
+class GateConfig(Section):
+    """Limits for each file of the release; 0: no limit.
+
+    A release with a file that misses one is published under rejected/, and the job ends with code 70.
+    """
+
+    ppl_ratio: float = Field(0.0, ge=0, description="Perplexity against the tuned model's, at most.")
+    kld: float = Field(0.0, ge=0, description="KL divergence from the tuned model in nats a token, at most.")
+    max_bytes: int = Field(0, ge=0, description="Size of a file, at most.")
+    stop_rate: Share = Field(0.0, description="Share of the generations that end by themselves, at least.")
+
+
 class PublishConfig(Section):
     """The release."""
 
@@ -235,10 +307,14 @@ class JobConfig(Section):
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
     fourbit: FourbitConfig = FourbitConfig()
+    calibration: CalibrationConfig = CalibrationConfig()
     sparsity: SparsityConfig = SparsityConfig()
+    recover: RecoverConfig = RecoverConfig()
     export: ExportConfig = ExportConfig()
     quantize: QuantizeConfig = QuantizeConfig()
+    finish: FinishConfig = FinishConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    gate: GateConfig = GateConfig()
     publish: PublishConfig = PublishConfig()
 
     @field_validator("work_dir")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,11 @@ log = logging.getLogger(__name__)
 def evaluate(
     base: Checkpoint,
     tuned: Checkpoint,
-    sparse: Checkpoint,
+    pruned: Checkpoint,
+    recovered: Checkpoint,
     f16: GgufFile,
     quantized: GgufSet,
+    finished: GgufSet,
     tokens: TokenDataset,
     cfg: EvaluateConfig,
     fourbit: FourbitConfig,
@@ -44,7 +46,8 @@ def evaluate(
     seed: int,
     out: Path,
 ) -> Evaluation:
-    """Score base, tuned, NF4, sparse and every GGUF; time the files under llama.cpp; let them write."""
+    """Score base, tuned, NF4, pruned, recovered and every GGUF, quantized and finished; time the finished files under
+    llama.cpp and let them write."""
     board = Scoreboard(tuned, tokens, cfg, device, seed)
     board.torch_row("base", base, load_fp32(base, device))
     board.torch_row("tuned", tuned, board.tuned_model)
@@ -54,15 +57,18 @@ def evaluate(
         nf4 = nf4_facts(model)
         board.nf4_row(model, nf4)
         del model
-    board.torch_row("sparse", sparse, load_fp32(sparse, device))
-    files = [f16, *(file for file in quantized.files if file.type != "F16")]
-    for file in files:
-        board.gguf_row(file, tools)
+    board.torch_row("pruned", pruned, load_fp32(pruned, device))
+    board.torch_row("recovered", recovered, load_fp32(recovered, device))
+    board.gguf_row("F16", f16, tools)
+    for before, after in zip(quantized.files, finished.files, strict=True):
+        if before.type != "F16":
+            board.gguf_row("quantized", before, tools)
+            board.gguf_row("finished", after, tools)
     result = {
         "ledger": [asdict(row) for row in board.rows],
         "nf4": nf4,
-        "speed": {file.path.name: asdict(llama_cpp.bench(tools, file.path)) for file in quantized.files},
-        "generations": {file.path.name: write(file, tools, tokens, cfg, seed) for file in quantized.files},
+        "speed": {file.path.name: asdict(llama_cpp.bench(tools, file.path)) for file in finished.files},
+        "generations": {file.path.name: write(file, tools, tokens, cfg, seed) for file in finished.files},
     }
     path = out / "evaluation.json"
     path.write_text(json.dumps(result, ensure_ascii=False, allow_nan=False))
@@ -92,6 +98,7 @@ class Scoreboard:
         self.tuned_scores = score(self.reference, self.reference, self.sequences)
         self.draws = ledger.resample(len(self.sequences), cfg.bootstrap, seed)
         self.rows: list[Row] = []
+        self.by_hash: dict[str, Row] = {}  # a step that changed nothing is not scored again
 
     def torch_row(self, stage: str, checkpoint: Checkpoint, model: PreTrainedModel) -> None:
         size = sum(path.stat().st_size for path in checkpoint.path.glob("*.safetensors"))
@@ -106,16 +113,20 @@ class Scoreboard:
         bits = 8 * size / facts["parameters"]
         self.add("nf4", None, f"bitsandbytes NF4, {self.device}", logits, size, bits, zeros)
 
-    def gguf_row(self, file: GgufFile, tools: LlamaCpp) -> None:
+    def gguf_row(self, stage: str, file: GgufFile, tools: LlamaCpp) -> None:
+        if before := self.by_hash.get(file.sha256):
+            self.rows.append(replace(before, stage=stage))
+            return
         logits = gguf_logits(tools, file.path, self.sequences)
-        zeros = file.facts["zeros"]
         engine = f"llama.cpp {tools.version}, cpu"
-        self.add(file.type, file.path.name, engine, logits, file.size_bytes, file.facts["bits_per_weight"], zeros)
+        facts = file.facts
+        self.add(stage, file, engine, logits, file.size_bytes, facts["bits_per_weight"], facts["zeros"])
+        self.by_hash[file.sha256] = self.rows[-1]
 
     def add(
         self,
         stage: str,
-        file: str | None,
+        file: GgufFile | None,
         engine: str,
         logits: Iterable[Tensor],
         size: int,
@@ -125,7 +136,8 @@ class Scoreboard:
         scores = score(bar(logits, f"evaluate {stage}", len(self.sequences)), self.reference, self.sequences)
         row = Row(
             stage=stage,
-            file=file,
+            file=file.path.name if file else None,
+            type=file.type if file else None,
             engine=engine,
             quotes=len(self.sequences),
             tokens=int(scores.tokens.sum()),
@@ -138,7 +150,7 @@ class Scoreboard:
             bits_per_weight=bits,
             zeros=zeros,
         )
-        log.info("evaluate: %s perplexity %.1f, %s", stage, row.perplexity.value, change(row.ppl_ratio))
+        log.info("evaluate: %s: perplexity %.1f, %s", stage, row.perplexity.value, change(row.ppl_ratio))
         self.rows.append(row)
 
 

@@ -12,18 +12,23 @@ from typing import Any
 
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from pipeline import __version__, base_model, metrics, settings
+from pipeline import __version__, base_model, gates, metrics, settings
 from pipeline.artifacts import Checkpoint, Corpus, Evaluation, GgufFile, GgufSet, Release, TokenDataset
 from pipeline.base_model import obtain
+from pipeline.calibrate import calibrate
 from pipeline.config import JobConfig
 from pipeline.evaluate import evaluate
 from pipeline.export import export
+from pipeline.extend import extend
 from pipeline.fetch import content_hash, fetch, resolve
 from pipeline.finetune import finetune
+from pipeline.finish import finish
 from pipeline.model_card import model_card, modelfile
 from pipeline.preflight import check_model, preflight
-from pipeline.publish import complete, find_release, is_latest, publish, read_metrics, refuse_foreign_files
+from pipeline.publish import complete, find_release, is_latest, read_metrics, refuse_foreign_files
 from pipeline.quantize import quantize
+from pipeline.recover import recover
+from pipeline.rejection import publish_judged, refuse_rejected
 from pipeline.settings import Resolved
 from pipeline.sparsify import sparsify
 from pipeline.stage import Stages
@@ -31,9 +36,11 @@ from pipeline.tokens import tokenize
 
 log = logging.getLogger(__name__)
 
-# These say where things lie and how they are shown; none changes the model that comes out.
+# These say where things lie and how they are shown; none changes the model that comes out. The gates do not either,
+# but a release is written once and its metrics hold the judgement: with other gates the same files are another release.
 NOT_IN_RUN_ID: dict[str, Any] = {
     **dict.fromkeys(("input", "output", "work_dir", "llama_cpp", "log_format"), True),
+    "calibration": {"text"},
     "model": {"base", "revision"},  # a path or an id; what it holds is identified by its hash or commit
 }
 
@@ -58,26 +65,49 @@ def run(resolved: Resolved) -> Outcome:
     inputs = resolve(cfg.input, cfg.data)
     corpus = stages.run(fetch, inputs, cfg.data, outside=content_hash(inputs))
     source = base_model.resolve(cfg.model)
-    run_id = run_id_of(cfg, corpus, source, tools.version)
+    text = calibration_text(stages, cfg)
+    run_id = run_id_of(cfg, corpus, text, source, tools.version)
     if release := find_release(cfg.output, run_id):
         return already_there(release, cfg)
+    refuse_rejected(cfg.output, cfg.gate, run_id, plain_names(cfg))
 
     base = stages.run(obtain, cfg.model, outside=source)
     check_model(base, cfg, tools)
     tokens = stages.run(tokenize, corpus, base, cfg.tokens)
-    tuned = stages.run(finetune, base, tokens, cfg.train, device=device.name, seed=cfg.seed)
-    sparse = stages.run(sparsify, tuned, cfg.sparsity, seed=cfg.seed)
-    f16 = stages.run(export, sparse, corpus, tokens, cfg.export, tools=tools, name=cfg.name)
-    quantized = stages.run(quantize, f16, cfg.quantize, tools=tools, name=cfg.name)
-    models = (base, tuned, sparse, f16, quantized)
-    evaluation = stages.run(
-        evaluate, *models, tokens, cfg.evaluate, cfg.fourbit, tools=tools, device=device.name, seed=cfg.seed
+    where: dict[str, Any] = {"device": device.name, "seed": cfg.seed}
+    tuned = stages.run(finetune, base, tokens, cfg.train, **where)
+    calibration = stages.run(calibrate, tuned, tokens, text, cfg.calibration, cfg.tokens, **where)
+    pruned = stages.run(sparsify, tuned, calibration, cfg.sparsity, **where)
+    recovered = stages.run(recover, pruned, tuned, calibration, cfg.recover, **where)
+    final = stages.run(extend, recovered, calibration, cfg.export, **where) if cfg.export.context else recovered
+    f16 = stages.run(export, final, corpus, tokens, cfg.export, tools=tools, name=cfg.name)
+    zeros = cfg.sparsity.keep_zeros
+    quantized = stages.run(
+        quantize,
+        f16,
+        final,
+        calibration,
+        cfg.quantize,
+        keep_zeros=zeros,
+        tools=tools,
+        device=device.name,
+        name=cfg.name,
     )
+    finished = stages.run(finish, quantized, final, tuned, calibration, cfg.finish, **where)
+    models = (base, tuned, pruned, recovered, f16, quantized, finished)
+    evaluation = stages.run(evaluate, *models, tokens, cfg.evaluate, cfg.fourbit, tools=tools, **where)
 
-    figures = gather(resolved, run_id, stages, corpus, tokens, models, evaluation, tools.version)
-    files = lay_out(cfg, run_id, figures, quantized, sparse)
-    release = publish(cfg.output, run_id=run_id, name=cfg.name, files=files)
+    figures = gather(resolved, run_id, stages, corpus, tokens, finished, evaluation, tools.version)
+    files = lay_out(cfg, run_id, figures, finished, final)
+    release = publish_judged(cfg.output, figures, run_id=run_id, name=cfg.name, files=files)
     return Outcome(release, figures.model_dump(mode="json"), published_now=True, is_latest=is_latest(release))
+
+
+def calibration_text(stages: Stages, cfg: JobConfig) -> Corpus | None:
+    if not cfg.calibration.text:
+        return None
+    inputs = resolve((cfg.calibration.text,), cfg.data)
+    return stages.run(fetch, inputs, cfg.data, outside=content_hash(inputs))
 
 
 def plain_names(cfg: JobConfig) -> list[str]:
@@ -85,12 +115,13 @@ def plain_names(cfg: JobConfig) -> list[str]:
     return [*(f"{cfg.name}-{kind}.gguf" for kind in cfg.quantize.types), "metrics.json", "README.md", "Modelfile"]
 
 
-def run_id_of(cfg: JobConfig, corpus: Corpus, source: str, llama_cpp: str) -> str:
+def run_id_of(cfg: JobConfig, corpus: Corpus, text: Corpus | None, source: str, llama_cpp: str) -> str:
     """A hash of the settings that matter and of the inputs: the same job again is the same run."""
     matters = {
         "versions": [__version__, llama_cpp],
         "settings": cfg.model_dump(mode="json", exclude=NOT_IN_RUN_ID),
         "sources": [[source.name, source.sha256] for source in corpus.sources],
+        "text": text.sha256 if text else None,
         "base": source,
     }
     return hashlib.sha256(json.dumps(matters, sort_keys=True).encode()).hexdigest()[:16]
@@ -102,13 +133,12 @@ def gather(
     stages: Stages,
     corpus: Corpus,
     tokens: TokenDataset,
-    models: tuple[Checkpoint, Checkpoint, Checkpoint, GgufFile, GgufSet],
+    files: GgufSet,
     evaluation: Evaluation,
     llama_cpp: str,
 ) -> metrics.Metrics:
-    base, tuned, sparse, f16, quantized = models
-    by_stage = {"obtain": base.facts, "finetune": tuned.facts, "sparsify": sparse.facts, "export": f16.facts}
     found = evaluation.facts
+    ggufs = [gguf_figures(file, found["speed"]) for file in files.files]
     return metrics.Metrics.model_validate(
         {
             "run_id": run_id,
@@ -120,11 +150,12 @@ def gather(
                 "sources": [asdict(source) for source in corpus.sources],
                 "tokens": tokens.facts,
             },
-            "stages": metrics.stage_figures(stages.records, by_stage),
+            "stages": metrics.stage_figures(stages.records, stages.facts),
             "ledger": found["ledger"],
             "nf4": found["nf4"],
-            "ggufs": [gguf_figures(file, found["speed"]) for file in quantized.files],
+            "ggufs": ggufs,
             "generations": found["generations"],
+            "gates": gates.check({**found, "ggufs": ggufs}, resolved.config.gate),
             "versions": metrics.versions(llama_cpp),
             "hardware": metrics.hardware(),
         }
@@ -143,22 +174,22 @@ def gguf_figures(file: GgufFile, speed: dict[str, Any]) -> dict[str, Any]:
 
 
 def lay_out(
-    cfg: JobConfig, run_id: str, figures: metrics.Metrics, quantized: GgufSet, sparse: Checkpoint
+    cfg: JobConfig, run_id: str, figures: metrics.Metrics, finished: GgufSet, final: Checkpoint
 ) -> dict[str, Path]:
     """The files of the release by the names that people will see."""
     folder = cfg.work_dir / "release" / run_id
     folder.mkdir(parents=True, exist_ok=True)
-    names = [file.path.name for file in quantized.files]
+    names = [file.path.name for file in finished.files]
     sampling = cfg.evaluate.sampling
     card = model_card(figures.model_dump(mode="json"), cfg.name, names, sampling)
-    files = {file.path.name: file.path for file in quantized.files}
+    files = {file.path.name: file.path for file in finished.files}
     files["metrics.json"] = metrics.write(folder / "metrics.json", figures)
     files["README.md"] = folder / "README.md"
     files["Modelfile"] = folder / "Modelfile"
     files["README.md"].write_text(card, encoding="utf-8")
-    files["Modelfile"].write_text(modelfile(names[0], end_token(sparse), sampling), encoding="utf-8")
+    files["Modelfile"].write_text(modelfile(names[0], end_token(final), sampling), encoding="utf-8")
     if cfg.publish.safetensors:
-        files |= {f"safetensors/{path.name}": path for path in sparse.files()}
+        files |= {f"safetensors/{path.name}": path for path in final.files()}
     return files
 
 

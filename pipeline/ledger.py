@@ -28,8 +28,9 @@ class Interval:
 class Row:
     """`kl_mean` is in nats a token, `same_top` and `zeros` are shares from 0 to 1."""
 
-    stage: str
+    stage: str  # base, tuned, nf4, pruned, recovered, F16, quantized, finished
     file: str | None
+    type: str | None  # of the file
     engine: str
     quotes: int
     tokens: int

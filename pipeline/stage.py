@@ -20,7 +20,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from pipeline.artifacts import sha256_of
+from pipeline.artifacts import Facts, sha256_of
 from pipeline.meter import Meter
 
 log = logging.getLogger(__name__)
@@ -47,6 +47,7 @@ class Stages:
     def __init__(self, work_dir: Path) -> None:
         self.work_dir = work_dir
         self.records: list[StageRecord] = []
+        self.facts: dict[str, Facts] = {}  # stage to what its artifact says was measured
 
     def run(self, stage: Callable[..., Artifact], *inputs: Any, outside: str = "", **context: Any) -> Artifact:
         """`stage(*inputs, **context, out=folder)`, or what it returned last time for the same fingerprint.
@@ -61,6 +62,7 @@ class Stages:
         if done:
             artifact, record = done
             self.records.append(record)
+            self.facts[name] = getattr(artifact, "facts", {})
             log.info("%s: already done (%.1f s then), skipped", name, record.seconds)
             return artifact
         shutil.rmtree(out, ignore_errors=True)
@@ -71,6 +73,7 @@ class Stages:
         record = StageRecord(name, fingerprint, meter.seconds, meter.peak_bytes, meter.peak_gpu_bytes, False)
         write_marker(out, artifact, kind, record)
         self.records.append(record)
+        self.facts[name] = getattr(artifact, "facts", {})
         gib = record.peak_memory_bytes / 1024**3
         log.info("%s: done in %.1f s, peak memory %.2f GiB", name, record.seconds, gib)
         return artifact

@@ -6,8 +6,8 @@ import gguf
 import jsonschema
 import pytest
 
-from pipeline import job, metrics, publish
-from pipeline.errors import ConfigError, DataError, InputMissing, QuotesmithError, TargetTaken
+from pipeline import job, metrics, publish, report
+from pipeline.errors import CheckFailed, ConfigError, DataError, InputMissing, QuotesmithError, TargetTaken
 from pipeline.settings import resolve
 from pipeline.storage import open_store
 
@@ -79,19 +79,51 @@ def check_metrics(figures):
     assert figures["data"]["sources"][0]["blank"] > 0
 
 
-def test_a_second_run_skips_what_is_done(toy_gpt2, llama_cpp, tmp_path):
-    bucket = str(tmp_path / "bucket")
-    write_bucket(f"{bucket}/in", QUOTES, tmp_path)
-    job.run(toy_job(toy_gpt2, bucket, tmp_path / "work"))
-    more = {"quantize.types": "Q2_K,Q8_0", "publish.safetensors": "true"}
-    figures = job.run(toy_job(toy_gpt2, bucket, tmp_path / "work", **more)).metrics
+@pytest.fixture(scope="module")
+def done(toy_gpt2, llama_cpp, tmp_path_factory):
+    """(bucket, work folder) of a finished job; other jobs may go on from its stages."""
+    folder = tmp_path_factory.mktemp("done")
+    bucket = str(folder / "bucket")
+    write_bucket(f"{bucket}/in", QUOTES, folder)
+    job.run(toy_job(toy_gpt2, bucket, folder / "work"))
+    return bucket, folder / "work"
+
+
+def test_a_second_run_skips_what_is_done(done, toy_gpt2, tmp_path):
+    bucket, work = done
+    more = {"quantize.types": "Q2_K,Q8_0", "publish.safetensors": "true", "output": str(tmp_path / "out")}
+    figures = job.run(toy_job(toy_gpt2, bucket, work, **more)).metrics
     skipped = {stage["name"] for stage in figures["stages"] if stage["skipped"]}
     assert skipped == {"fetch", "obtain", "tokenize", "finetune", "sparsify", "export"}
     assert [file["type"] for file in figures["ggufs"]] == ["Q2_K", "Q8_0"]
-    assert (tmp_path / "bucket" / "out" / "gpt2-ye-trump-Q8_0.gguf").exists()
-    published = {path.name for path in (tmp_path / "bucket" / "out" / "safetensors").iterdir()}
+    assert (tmp_path / "out" / "gpt2-ye-trump-Q8_0.gguf").exists()
+    published = {path.name for path in (tmp_path / "out" / "safetensors").iterdir()}
     assert {"model.safetensors", "config.json", "tokenizer.json"} <= published
     assert "DONE.json" not in published
+
+
+def test_a_file_that_misses_a_gate_is_published_under_rejected_and_nowhere_else(done, toy_gpt2, tmp_path):
+    bucket, work = done
+    out = tmp_path / "out"
+    gates = {"gate.ppl_ratio": "0.01", "gate.kld": "1000", "output": str(out)}
+    with pytest.raises(CheckFailed, match=r"rejected by gate\.ppl_ratio: gpt2-ye-trump-Q2_K\.gguf") as caught:
+        job.run(toy_job(toy_gpt2, bucket, work, **gates))
+    assert caught.value.exit_code == 70 and f"{out}/rejected" in str(caught.value)
+    assert [path.name for path in out.iterdir()] == ["rejected"] and publish.verify(f"{out}/rejected")
+    figures = json.loads((out / "rejected" / "metrics.json").read_text())
+    jsonschema.validate(figures, json.loads(metrics.SCHEMA_PATH.read_text()))
+    assert [(gate["gate"], gate["passed"]) for gate in figures["gates"]] == [("ppl_ratio", False), ("kld", True)]
+    assert all(stage["skipped"] for stage in figures["stages"])  # the gates are no input of any of them
+    assert "**Rejected" in (out / "rejected" / "README.md").read_text()
+
+    with pytest.raises(CheckFailed) as again:
+        job.run(toy_job(toy_gpt2, bucket, tmp_path / "elsewhere", **gates))
+    assert str(again.value) == str(caught.value)
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["fetch"]
+
+    passed = job.run(toy_job(toy_gpt2, bucket, work, **{**gates, "gate.ppl_ratio": "1000"}))
+    assert passed.is_latest and all(stage["skipped"] for stage in passed.metrics["stages"])
+    assert "gate.ppl_ratio" in report.of_run(passed)
 
 
 def test_a_file_that_no_release_put_there_is_never_overwritten(toy_gpt2, llama_cpp, tmp_path):

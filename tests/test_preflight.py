@@ -1,9 +1,14 @@
+from contextlib import nullcontext
+
 import pytest
 import torch
+from transformers import LlamaConfig
 
+from pipeline import preflight as stage
 from pipeline.artifacts import Checkpoint
 from pipeline.errors import ConfigError, ServiceUnavailable
-from pipeline.preflight import check_model, preflight
+from pipeline.forecast import forecasts_of
+from pipeline.preflight import check_model, check_positions, check_shape, check_size, preflight
 from pipeline.settings import resolve
 from scripts.make_random_gpt2 import make
 
@@ -50,11 +55,58 @@ def test_a_file_where_a_folder_is_needed_is_refused(which, llama_cpp, tmp_path):
     [
         ({"tokens.max_length": "1025"}, "the base model has 1024 positions"),
         ({"sparsity.pattern": "1:3", "sparsity.ratio": "0.6667"}, "multiples of 3"),
+        ({"export.context": "512"}, "export.context 512 would shrink the table of the base model's 1024 positions"),
+        ({"export.context": "1024"}, "export.context 1024 adds nothing"),
+        ({"export.context_steps": "5"}, "export.context_steps trains the positions that export.context adds"),
+        ({"export.context": "4096", "tokens.max_length": "2048"}, "export.context adds more only after training"),
+        ({"evaluate.max_new_tokens": "1024"}, "the exported model will have 1024 positions.* or a larger export.cont"),
     ],
 )
 def test_settings_that_do_not_fit_the_model_are_refused_before_training(flags, sentence, toy_gpt2, llama_cpp, tmp_path):
     with pytest.raises(ConfigError, match=sentence):
         check_model(Checkpoint.of(toy_gpt2, {}), job(tmp_path, **flags), llama_cpp)
+
+
+def test_more_positions_allow_longer_generations(toy_gpt2, tmp_path):
+    flags = {"export.context": "4096", "evaluate.max_new_tokens": "4095"}
+    check_shape(Checkpoint.of(toy_gpt2, {}), job(tmp_path, **flags))
+
+
+def test_a_model_with_rotary_positions_cannot_be_extended(tmp_path):
+    config = LlamaConfig(max_position_embeddings=512)
+    with pytest.raises(ConfigError, match="the base model is a llama, whose 512 positions are rotary"):
+        check_positions(config, job(tmp_path, **{"export.context": "4096"}))
+    with pytest.raises(ConfigError, match="choose at most 511$"):
+        check_positions(config, job(tmp_path, **{"evaluate.max_new_tokens": "512"}))
+
+
+def test_a_file_that_will_exceed_its_gate_is_refused_before_training(toy_gpt2, llama_cpp, tmp_path, monkeypatch):
+    base = Checkpoint.of(toy_gpt2, {})
+    foretold = forecasts_of(base.path, ["Q2_K"], llama_cpp, name="toy", importance=True)
+    size = foretold["Q2_K"].size_bytes
+    asked = []
+    monkeypatch.setattr(stage, "forecasts_of", lambda *of, **more: asked.append(of) or foretold)
+    both = {"quantize.fallback": "error", "name": "toy"}
+    with pytest.raises(ConfigError, match=rf"toy-Q2_K\.gguf will have {size:,} bytes, but gate\.max_bytes allows"):
+        check_model(base, job(tmp_path, **both, **{"gate.max_bytes": str(size - 1)}), llama_cpp)
+    assert len(asked) == 1  # one forecast for both checks
+    check_model(base, job(tmp_path, **both, **{"gate.max_bytes": str(size)}), llama_cpp)
+
+
+@pytest.mark.parametrize(
+    ("foretold", "gate", "budget", "sentence"),
+    [
+        (71, 70, 0, "will have 71 bytes, but gate.max_bytes allows 70"),
+        (70, 70, 0, None),
+        (71, 0, 0, None),
+        (90, 70, 65, None),
+        (60, 70, 75, "quantize.max_bytes lets toy.gguf have 75 bytes, but gate.max_bytes allows 70"),
+    ],
+)
+def test_a_size_that_is_chosen_under_a_budget_is_held_to_the_budget(foretold, gate, budget, sentence, tmp_path):
+    cfg = job(tmp_path, **{"gate.max_bytes": str(gate), "quantize.max_bytes": str(budget)})
+    with pytest.raises(ConfigError, match=sentence) if sentence else nullcontext():
+        check_size("toy.gguf", foretold, cfg)
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from pipeline.artifacts import GgufFile, sha256_of
 from pipeline.config import QuantizeConfig
 from pipeline.errors import CheckFailed, ConfigError, MachineError
 from pipeline.export import convert
+from pipeline.extend import with_context
 from pipeline.gguf_file import GgufContents
 from pipeline.quant_types import QUANT_TYPES, check_types
 from pipeline.quantize import forecasts_of, foretell, quantize
@@ -117,11 +118,24 @@ def test_weights_that_are_no_numbers_are_refused(toy_gpt2, llama_cpp, tmp_path):
 
 def test_plan_foretells_the_size_of_a_model_with_other_weights(f16, toy_gpt2, llama_cpp, tmp_path):
     (file,) = quantize(f16, QuantizeConfig(), tools=llama_cpp, name="toy", out=tmp_path).files
-    foreseen = forecasts_of(toy_gpt2, ("F16", "Q2_K"), llama_cpp, name="toy")
+    foreseen = forecasts_of(toy_gpt2, ("F16", "Q2_K"), llama_cpp, name="toy", importance=True)
     assert {kind: forecast.size_bytes for kind, forecast in foreseen.items()} == {
         "F16": f16.size_bytes,
         "Q2_K": file.size_bytes,
     }
+
+
+def test_an_extended_table_stays_f16_in_a_quantized_file_of_the_size_foretold(toy_gpt2, llama_cpp, tmp_path):
+    kinds = ("F16", "Q2_K", "Q8_0")
+    foreseen = forecasts_of(toy_gpt2, kinds, llama_cpp, name="toy", importance=True, context=2048)
+    extended = with_context(toy_gpt2, 2048, tmp_path / "model")
+    convert(extended, llama_cpp, "toy", tmp_path / "long.gguf", f16_positions=True)
+    f16 = GgufFile(tmp_path / "long.gguf", "0" * 64, 0, "F16")
+    for file in quantize(f16, QuantizeConfig(types=kinds), tools=llama_cpp, name="toy", out=tmp_path).files:
+        assert file.size_bytes == foreseen[file.type].size_bytes
+        assert foreseen[file.type].types["position_embd.weight"] == "F16"
+        assert file.facts["matrix_types"]["position_embd"] == {"F16": 1}
+    assert foreseen["F16"].size_bytes == forecasts_of(toy_gpt2, ["F16"], llama_cpp, name="toy", importance=True)["F16"].size_bytes
 
 
 @pytest.mark.parametrize(
@@ -135,7 +149,11 @@ def test_plan_foretells_the_size_of_a_model_with_other_weights(f16, toy_gpt2, ll
 )
 def test_impossible_types_are_refused_by_name(types, message):
     with pytest.raises(ConfigError, match=message):
-        check_types(types)
+        check_types(types, importance=False)
+
+
+def test_a_type_that_needs_an_importance_matrix_is_allowed_where_one_is_made():
+    check_types(("Q2_K", "IQ2_XXS"), importance=True)
 
 
 @pytest.mark.slow

@@ -1,0 +1,205 @@
+"""More positions than the model was trained with, for `--export.context`."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint as recomputed
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from pipeline.artifacts import Calibration, Checkpoint, Facts
+from pipeline.calibrate import load_calibration
+from pipeline.config import ExportConfig
+from pipeline.device import arithmetic_of
+from pipeline.distill import arithmetic
+from pipeline.errors import CheckFailed
+from pipeline.long_text import Sequences, batches, joined, window
+from pipeline.positions import FILLS, extend_positions, require_extendable, set_table, table_of
+from pipeline.progress import bar
+
+log = logging.getLogger(__name__)
+
+CHECKED_TOKENS = 512  # of validation text, at the end of each checked window
+CHECKED_PLACES = (0.5, 1.0)  # where such a window ends: halfway through the new positions, and at the last
+CHUNK = 512  # logits of this many tokens are in memory at once: 103 MB for GPT-2
+KNOT = 64  # positions
+LEARNING_RATE = 3e-3
+
+
+@dataclass(frozen=True)
+class Check:
+    ids: list[int]
+    tokens: int  # scored, at the end
+
+
+def extend(
+    checkpoint: Checkpoint, calibration: Calibration, cfg: ExportConfig, *, device: str, seed: int, out: Path
+) -> Checkpoint:
+    """`checkpoint` with `cfg.context` positions in `out`; all it had stays bit by bit as it is.
+
+    The new rows are filled in the way that predicts the calibration's validation text best, then trained for
+    `cfg.context_steps` steps; what they learned is kept if that text is predicted better by it. Raises `ConfigError`
+    for a model without a learned table, or with as many positions already; `CheckFailed` for a loss that is not finite.
+    """
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32)
+    require_extendable(model.config, cfg.context)
+    model = model.to(device).eval()
+    positions = model.config.max_position_embeddings
+    train, validation = (load_calibration(calibration, split) for split in ("train", "validation"))
+    checks = check_windows(train, validation, positions, cfg.context, seed)
+    facts = {"positions": positions, "context": cfg.context} | choose_fill(model, cfg.context, checks)
+    if cfg.context_steps:
+        facts |= train_rows(model, positions, train, checks, cfg.context_steps, seed)
+    log.info(
+        "extend: %d to %d positions, filled by %s, loss %.3f", positions, cfg.context, facts["fill"], facts["loss"]
+    )
+    model.cpu().save_pretrained(out)
+    checkpoint.copy_tokenizer(out)
+    return Checkpoint.of(out, facts)
+
+
+def with_context(checkpoint: Path, context: int, out: Path) -> Path:
+    """The checkpoint itself if it has `context` positions or 0 are asked for, else a copy in `out` that has them.
+
+    The copy is of the right size, but not measured or trained as `extend` does it.
+    """
+    if not context or AutoConfig.from_pretrained(checkpoint).max_position_embeddings == context:
+        return checkpoint
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    extend_positions(model, context)
+    model.save_pretrained(out)
+    Checkpoint(checkpoint, "").copy_tokenizer(out)
+    return out
+
+
+def check_windows(train: Sequences, validation: Sequences, positions: int, context: int, seed: int) -> list[Check]:
+    """The same validation text behind training text, ending at two places among the new positions."""
+    added = context - positions
+    text = batches(validation, max(1, min(CHECKED_TOKENS, added // 2)))[0]
+    before = long_enough(train, context, seed)
+    return [
+        Check(window(before, text, positions + round(place * added)), sum(len(ids) - 1 for ids in text))
+        for place in CHECKED_PLACES
+    ]
+
+
+def long_enough(sequences: Sequences, length: int, seed: int) -> list[int]:
+    """`sequences` joined, over and over in new orders if need be, to at least `length` tokens."""
+    text: list[int] = []
+    while len(text) < length:
+        text += joined(sequences, seed)
+        seed += 1
+    return text
+
+
+def choose_fill(model: PreTrainedModel, context: int, checks: Sequence[Check]) -> Facts:
+    """Extends `model` in place in the way with the lowest loss, and says what each way gives, in nats a token."""
+    trained = table_of(model).weight.data
+    losses: dict[str, float] = {}
+    tables: dict[str, Tensor] = {}
+    for name, fill in FILLS.items():
+        tables[name] = torch.cat([trained, fill(trained, context - len(trained))])
+        set_table(model, tables[name])
+        losses[name] = loss_of(model, checks)
+    best = min(losses, key=losses.__getitem__)
+    set_table(model, tables[best])
+    return {"fill": best, "loss_by_fill": losses, "loss": losses[best]}
+
+
+@torch.inference_mode()
+def loss_of(model: PreTrainedModel, checks: Sequence[Check]) -> float:
+    total = sum(float(summed_loss(model, check.ids, len(check.ids) - check.tokens)) for check in checks)
+    loss = total / sum(check.tokens for check in checks)
+    if not math.isfinite(loss):
+        raise CheckFailed(f"the loss behind {len(checks[0].ids)} tokens is {loss}; the training went wrong")
+    return loss
+
+
+def summed_loss(model: PreTrainedModel, ids: Sequence[int], start: int) -> Tensor:
+    """Nats of the tokens from `start` on, summed. Logits are made, and made again for gradients, chunk by chunk."""
+    tokens = torch.tensor([ids], device=model.device)
+    head = model.get_output_embeddings()
+
+    def nats(states: Tensor, targets: Tensor) -> Tensor:
+        return cross_entropy(head(states).float(), targets, reduction="sum")
+
+    with arithmetic(model, arithmetic_of("auto", model.device.type).name):
+        hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state[0, start - 1 : -1]
+        pairs = zip(torch.split(hidden, CHUNK), torch.split(tokens[0, start:], CHUNK), strict=True)
+        parts: list[Tensor] = [recomputed(nats, *pair, use_reentrant=False) for pair in pairs]
+    return torch.stack(parts).sum()
+
+
+def train_rows(
+    model: PreTrainedModel, positions: int, train: Sequences, checks: Sequence[Check], steps: int, seed: int
+) -> Facts:
+    """Moves the new rows of the table, one text of the whole context a step; undone if it did not help.
+
+    Not each row by itself: a text shows it once, and a few texts teach it mostly noise. What is added to the rows is
+    one vector every `KNOT` positions, and in between on the straight line from one to the next, because tables that
+    were trained are smooth too.
+    """
+    table = table_of(model).weight
+    filled = table.detach()[positions:].clone()
+    context, loss_before = len(table), loss_of(model, checks)
+    shares = hats(len(filled), KNOT).to(table.device)
+    knots = nn.Parameter(torch.zeros(shares.shape[1], table.shape[1], device=table.device))
+    optimizer = torch.optim.AdamW([knots], lr=LEARNING_RATE, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
+    history: list[float] = []
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter is table)
+    with little_memory(model):
+        for step in bar(range(steps), "extend", steps):
+            ids = [train[0][0], *long_enough(train, context, seed + step)][:context]
+            loss = summed_loss(model, ids, positions) / (context - positions)
+            history.append(loss.item())
+            if not math.isfinite(history[-1]):
+                raise CheckFailed(f"extend: the loss is {history[-1]} at step {step + 1} of {steps}")
+            loss.backward()  # type: ignore[no-untyped-call]
+            knots.grad = shares.T @ torch.as_tensor(table.grad)[positions:]
+            table.grad = None
+            optimizer.step()
+            schedule.step()
+            table.data[positions:] = filled + shares @ knots.data
+    found = loss_of(model, checks)
+    if found >= loss_before:
+        table.data[positions:] = filled
+    return {
+        "steps": steps,
+        "kept": found < loss_before,
+        "loss_before": loss_before,
+        "loss_after": found,
+        "loss": min(found, loss_before),
+        "loss_history": history,
+    }
+
+
+def hats(rows: int, every: int) -> Tensor:
+    """(rows, K): how much of each of K evenly spaced vectors a row gets, on straight lines between them."""
+    count = max(2, rows // every + 1)
+    place = torch.linspace(0, count - 1, rows)
+    return (1 - (place[:, None] - torch.arange(count)).abs()).clamp(min=0)
+
+
+@contextmanager
+def little_memory(model: PreTrainedModel) -> Iterator[None]:
+    """A third more time for a fraction of the memory: of 4,096 tokens, GPT-2's activations would be over 5 GB."""
+    dropped = {module: module.p for module in model.modules() if isinstance(module, nn.Dropout)}
+    model.activation_checkpointing_enable()
+    model.train()  # else it keeps the activations; so dropout has to be turned off by hand
+    for module in dropped:
+        module.p = 0.0
+    yield
+    for module, p in dropped.items():
+        module.p = p
+    model.eval()
+    model.activation_checkpointing_disable()

@@ -1,0 +1,62 @@
+"""The whole job, once for each way of compressing, on a GPT-2 tuned on quotes: real Q2_K files, scored by llama.cpp."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline import job
+from pipeline.settings import resolve
+
+STEPS = ("sparsify", "recover", "quantize", "finish")
+FIGURES = ("perplexity", "ppl_ratio", "kl_mean", "same_top", "size_bytes", "zeros", "tokens")
+STOCK = {"recover.steps": "0", "finish.steps": "0", "quantize.encoder": "llama.cpp"}
+NO_IMPORTANCE = {**STOCK, "quantize.importance": "false"}
+
+# What a way is called, and its settings where they differ from the defaults.
+WAYS: dict[str, dict[str, str]] = {
+    **{f"{method}, stock Q2_K": {**NO_IMPORTANCE, "sparsity.method": method} for method in ("random", "magnitude")},
+    **{f"{method}, stock Q2_K": {**NO_IMPORTANCE, "sparsity.method": method} for method in ("wanda", "sparsegpt")},
+    **{
+        f"{method}, stock Q2_K with importance matrix": {**STOCK, "sparsity.method": method}
+        for method in ("random", "magnitude", "wanda", "sparsegpt")
+    },
+    "sparsegpt, our encoder": {"recover.steps": "0", "finish.steps": "0"},
+    "sparsegpt, recovery, stock Q2_K with importance matrix": {"finish.steps": "0", "quantize.encoder": "llama.cpp"},
+    "sparsegpt, recovery, our encoder": {"finish.steps": "0"},
+    "the same, vectors finished": {"finish.train": "vectors"},
+    "the default: all of it": {},
+    "the default, zeros kept": {"sparsity.keep_zeros": "true"},
+}
+
+
+def chain(model: str, inputs: Sequence[str], work: Path, more: dict[str, str]) -> list[dict[str, Any]]:
+    """One row a way: the ledger's last, with the seconds and the peak memory of the steps that made the file."""
+    return [run(name, {**settings, **more}, model, inputs, work) for name, settings in WAYS.items()]
+
+
+def run(name: str, settings: dict[str, str], model: str, inputs: Sequence[str], work: Path) -> dict[str, Any]:
+    flags: dict[str, Any] = {
+        "model.base": model,
+        "input": list(inputs),
+        "work_dir": str(work / "work"),
+        "output": str(work / "out"),
+        "fourbit.enabled": "false",
+        "evaluate.samples": "1",
+        **settings,
+    }
+    figures = job.run(resolve(flags, {})).metrics
+    last = figures["ledger"][-1]
+    compressing = [
+        stage for stage in figures["stages"] if stage["name"] in ("sparsify", "recover", "quantize", "finish")
+    ]
+    return {
+        "way": name,
+        **{
+            key: last[key]
+            for key in ("perplexity", "ppl_ratio", "kl_mean", "same_top", "size_bytes", "zeros", "tokens")
+        },
+        "seconds": {stage["name"]: stage["seconds"] for stage in compressing},
+        "peak_memory_bytes": max(stage["peak_memory_bytes"] for stage in compressing),
+    }

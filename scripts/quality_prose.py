@@ -1,0 +1,204 @@
+"""A pretrained SmolLM2 compressed with GPT-2's own Q2_K type map, step by step, scored on prose it was not fitted to.
+
+Its rows of 576 are filled with zeros to a multiple of 256, which no GGUF can hold, so everything is scored in torch,
+the matrices as they decode.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import libgguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType
+from prose import prose, windows
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from pipeline import ledger
+from pipeline.activations import fast_arithmetic, input_squares
+from pipeline.config import SparsityConfig
+from pipeline.device import arithmetic_of
+from pipeline.distill import Recipe
+from pipeline.encode import encode_model
+from pipeline.finish import finish_model
+from pipeline.grid import padded, whole_blocks
+from pipeline.kquants import KQuant, unpack
+from pipeline.matrices import block_matrices, weight_of
+from pipeline.meter import Meter
+from pipeline.recover import recover_model
+from pipeline.sparsify import prune_model
+
+WINDOW = 256  # tokens
+FITTED = 256  # windows that pruning and encoding are fitted to: 65,536 tokens
+VALIDATION = 16  # windows that training stops by
+HELD_OUT = 96  # windows scored: 24,576 tokens
+DOCUMENT = "<|endoftext|>"  # what SmolLM2 saw before every document in its pretraining
+METHODS = ("random", "magnitude", "wanda", "sparsegpt")
+
+
+def gpt2_type(name: str) -> str:
+    """What Q2_K is for GPT-2: Q2_K where the feed-forward layer widens, Q3_K elsewhere in the blocks."""
+    return "Q2_K" if name.endswith(("up_proj", "gate_proj")) else "Q3_K"
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long the two trainings are."""
+
+    recover_steps: int = 110
+    finish_steps: int = 100
+    batch_tokens: int = 2048
+    recover_rate: float = 2e-4
+    finish_rate: float = 1e-4
+
+
+class Bench:
+    """The model, its text, and the rows so far. Every step's model and row are kept in `folder`, and not made again."""
+
+    def __init__(self, model: Path, folder: Path, device: str, effort: Effort) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.device, self.effort = folder, device, effort
+        self.precision = arithmetic_of("auto", device).name
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        begin = tokenizer.convert_tokens_to_ids(DOCUMENT)
+        text = prose()
+        train = windows(text.calibration, tokenizer, begin, WINDOW, seed=0)
+        self.validation, self.train = train[:VALIDATION], train[VALIDATION:]
+        self.fitted = self.train[:FITTED]
+        self.held_out = windows(text.held_out, tokenizer, begin, WINDOW, seed=1)[:HELD_OUT]
+        self.draws = ledger.resample(len(self.held_out), 10_000, seed=0)
+        self.rows: list[dict[str, Any]] = []
+        if not (folder / "dense").exists():
+            load(model).save_pretrained(folder / "dense")
+        self.dense = self.nats(self.load("dense"))
+
+    def load(self, step: str) -> PreTrainedModel:
+        return load(self.folder / step).to(self.device)
+
+    @torch.inference_mode()
+    def nats(self, model: PreTrainedModel) -> np.ndarray:
+        """Summed over the tokens of each held-out window."""
+        found = []
+        for start in range(0, len(self.held_out), 8):
+            ids = torch.tensor(self.held_out[start : start + 8], device=self.device)
+            with fast_arithmetic(model.device):
+                logits = model(ids).logits[:, :-1].float()
+            found.append(cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").sum(1).cpu())
+        return torch.cat(found).double().numpy()
+
+    def step(self, name: str, start: str, change: Callable[[PreTrainedModel], dict[str, Any] | None]) -> None:
+        """A row: `change`, done in place to the model of the step `start`, timed and scored."""
+        kept = self.folder / f"{name}.json"
+        if not kept.exists():
+            model = self.load(start)
+            with Meter() as meter:
+                facts = change(model) or {}
+            model.save_pretrained(self.folder / name)
+            row = {"step": name, "from": start, **self.score(model), "seconds": meter.seconds, "facts": facts}
+            kept.write_text(json.dumps(row | {"peak_memory_bytes": meter.peak_bytes}))
+        self.rows.append(json.loads(kept.read_text()))
+        ratio = self.rows[-1]["ppl_ratio"]
+        click.echo(f"{name}: {ratio['value']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f})", err=True)
+
+    def score(self, model: PreTrainedModel) -> dict[str, Any]:
+        nats = self.nats(model)
+        tokens = np.full(len(nats), WINDOW - 1)
+        weights = [weight_of(module) for module in block_matrices(model).values()]
+        return {
+            "perplexity": asdict(ledger.interval(nats, tokens, self.draws)),
+            "ppl_ratio": asdict(ledger.interval(nats - self.dense, tokens, self.draws)),
+            "zeros": sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights),
+        }
+
+    def prune(self, method: str) -> Callable[[PreTrainedModel], None]:
+        return lambda model: prune_model(model, self.fitted, SparsityConfig(method=method), 0)
+
+    def stock(self, importance: bool) -> Callable[[PreTrainedModel], None]:
+        """llama-quantize's own rounding, by the wheel that is bit-identical to it."""
+
+        def change(model: PreTrainedModel) -> None:
+            squares = input_squares(model, self.fitted) if importance else {}
+            for name, module in block_matrices(model).items():
+                weight = weight_of(module)
+                columns = weight.shape[1]
+                wide = padded(weight, whole_blocks(columns)).cpu().contiguous()
+                means = squares[name].sums / squares[name].tokens if importance else None
+                given = None if means is None else padded(means[None], wide.shape[1])[0].cpu().numpy()
+                kind = gpt2_type(name)
+                data = libgguf.quantize_rows(wide.numpy(), int(GGMLQuantizationType[kind]), given)
+                weight.copy_(unpack(data, kind).dequantize()[:, :columns])
+
+        return change
+
+    def encode(self, keep: str = "", spread: bool = False) -> Callable[[PreTrainedModel], None]:
+        """Our encoder, its result in the file `keep`. `spread`: errors go to pruned weights too."""
+
+        def change(model: PreTrainedModel) -> None:
+            for module in block_matrices(model).values() if spread else ():
+                weight_of(module)[weight_of(module) == 0] = torch.finfo(torch.float32).tiny
+            types = {name: gpt2_type(name) for name in block_matrices(model)}
+            found = encode_model(model, self.fitted, types)
+            if keep:
+                torch.save({name: vars(kquant) for name, kquant in found.items()}, self.folder / keep)
+
+        return change
+
+    def recover(self, model: PreTrainedModel) -> dict[str, Any]:
+        e = self.effort
+        recipe = Recipe(e.recover_steps, e.batch_tokens, e.recover_rate, e.recover_steps, self.precision, 0)
+        return recover_model(model, self.load("dense"), self.train, self.validation, recipe)
+
+    def finish(self, encoded: str, start: str, everything: bool) -> Callable[[PreTrainedModel], dict[str, Any]]:
+        def change(model: PreTrainedModel) -> dict[str, Any]:
+            e = self.effort
+            recipe = Recipe(e.finish_steps, e.batch_tokens, e.finish_rate, e.finish_steps, self.precision, 1)
+            stored = torch.load(self.folder / encoded) if everything else {}
+            kquants = {name: KQuant(**values) for name, values in stored.items()}
+            before = {name: weight_of(module) for name, module in block_matrices(self.load(start)).items()}
+            kept = {name: weight != 0 for name, weight in before.items()}
+            teacher = self.load("dense")
+            facts = finish_model(model, teacher, kquants, before, kept, self.train, self.validation, recipe)
+            return {key: value for key, value in facts.items() if key != "kquants"}
+
+        return change
+
+
+def load(path: Path) -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    return model.eval()
+
+
+def steps(bench: Bench) -> list[dict[str, Any]]:
+    """All rows, in the order they are told in."""
+    with torch.no_grad():
+        for method in METHODS:
+            bench.step(method, "dense", bench.prune(method))
+        bench.step("sparsegpt, stock rounding", "sparsegpt", bench.stock(importance=False))
+        bench.step("sparsegpt, stock rounding with importance matrix", "sparsegpt", bench.stock(importance=True))
+        bench.step("sparsegpt, our encoder, errors spread to all", "sparsegpt", bench.encode(spread=True))
+        bench.step("sparsegpt, our encoder", "sparsegpt", bench.encode())
+    bench.step("recovered", "sparsegpt", bench.recover)
+    with torch.no_grad():
+        bench.step("recovered, stock rounding with importance matrix", "recovered", bench.stock(importance=True))
+        bench.step("recovered, our encoder", "recovered", bench.encode(keep="kquants.pt"))
+    bench.step("finished, vectors alone", "recovered, our encoder", bench.finish("kquants.pt", "recovered", False))
+    bench.step("finished", "recovered, our encoder", bench.finish("kquants.pt", "recovered", True))
+    return bench.rows
+
+
+def minutes_and_losses(rows: list[dict[str, Any]]) -> list[tuple[float, str, float]]:
+    """The curve: minutes spent so far on pruning, recovery, encoding and finishing, and the validation KL by then."""
+    spent = 0.0
+    points = []
+    for row in (row for row in rows if row["step"] in ("sparsegpt", "recovered", "recovered, our encoder", "finished")):
+        for point in row["facts"].get("curve", []):
+            points.append(((spent + point["seconds"]) / 60, row["step"], point["validation_kl"]))
+        spent += row["seconds"]
+    return points
