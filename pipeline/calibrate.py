@@ -17,12 +17,15 @@ from pipeline.config import CalibrationConfig, TokensConfig
 from pipeline.device import arithmetic_of
 from pipeline.errors import DataError
 from pipeline.progress import bar
+from pipeline.quotes import fold
 from pipeline.tokens import load_split, split_of
 
 log = logging.getLogger(__name__)
 
 BATCH = 96  # texts sampled at once
 TOP_P = 0.95  # without it, a small model's long tail of unlikely tokens makes gibberish of a tenth of the texts
+RUN = 8  # words in a row that two texts share only when one was copied from the other
+FEWEST_WORDS = 3  # a shorter quote is found anywhere
 
 Sequences = list[list[int]]
 
@@ -42,17 +45,17 @@ def calibrate(
 
     Raises `DataError` when there are fewer than two sequences.
     """
-    found = {"quotes": [list(ids) for ids in load_split(tokens, "train")["input_ids"]]}
+    found = {"quotes": training_quotes(tokens, cfg.max_tokens, seed)}
     if text:
         found["text"] = list(windows(text, tuned, tokens, split))
     if cfg.generated:
         found["generated"] = write(tuned, tokens, cfg.generated, split.max_length, device, seed)
-    chosen = fair_shares(found, cfg.max_tokens, seed)
+    chosen = fair_shares(distinct(found), cfg.max_tokens, seed)
     rows = [(kind, ids) for kind, sequences in chosen.items() for ids in sequences]
     if len(rows) < 2:
         raise DataError(
-            f"calibration has {len(rows)} texts, needed are at least 2; raise calibration.generated or name a "
-            "calibration.text"
+            f"calibration has {len(rows)} different texts, needed are at least 2; raise calibration.generated or name "
+            "a calibration.text"
         )
     random.Random(seed).shuffle(rows)
     held = max(1, round(cfg.validation * len(rows)))
@@ -73,21 +76,45 @@ def load_calibration(calibration: Calibration, split: str) -> Sequences:
         return [row["ids"] for row in rows if row["split"] == split]
 
 
+def training_quotes(tokens: TokenDataset, most: int, seed: int) -> Sequences:
+    """All, or `most` of them drawn at random: of a corpus of gigabytes only those are read into memory."""
+    quotes = load_split(tokens, "train")
+    if len(quotes) > most:
+        quotes = quotes.select(random.Random(seed).sample(range(len(quotes)), most))
+    return [list(ids) for ids in quotes["input_ids"]]
+
+
 def windows(text: Corpus, tuned: Checkpoint, tokens: TokenDataset, split: TokensConfig) -> Iterator[list[int]]:
     """The paragraphs of a text file as begin, tokens, end, cut into pieces that each start with the begin token.
 
-    Whatever would fall into the hold-out if it were a quote is left out, so a file that holds the quotes themselves
-    shows none of those that the ledger is measured on.
+    Whatever would fall into the hold-out if it were a quote is left out, and so is what holds a quote of the hold-out
+    among other words: a file that holds the quotes themselves shows none of those that the ledger is measured on.
     """
     tokenizer = AutoTokenizer.from_pretrained(tuned.path)
     size = split.max_length - 1
+    held_out = set().union(*(telling_runs(text) for text in load_split(tokens, "holdout")["text"]))
     with text.path.open(encoding="utf-8") as file:
         for quote in map(json.loads, file):
-            if split_of(quote["key"], split) == "holdout":
+            if split_of(quote["key"], split) == "holdout" or not held_out.isdisjoint(all_runs(quote["key"])):
                 continue
             ids = tokenizer(quote["text"], add_special_tokens=False, split_special_tokens=True)["input_ids"]
             ids.append(tokens.end_id)
             yield from ([tokens.begin_id, *ids[start : start + size]] for start in range(0, len(ids), size))
+
+
+def telling_runs(quote: str) -> set[str]:
+    """What another text shares with `quote` only if it holds it: runs of `RUN` words, or all words of a shorter one."""
+    words = fold(quote).split()
+    return runs(words, min(len(words), RUN)) if len(words) >= FEWEST_WORDS else set()
+
+
+def all_runs(key: str) -> set[str]:
+    words = key.split()
+    return {run for size in range(FEWEST_WORDS, RUN + 1) for run in runs(words, size)}
+
+
+def runs(words: list[str], size: int) -> set[str]:
+    return {" ".join(words[start : start + size]) for start in range(len(words) - size + 1)}
 
 
 @torch.inference_mode()
@@ -120,6 +147,17 @@ def ended(ids: list[int], end: int) -> list[int]:
     return ids[: ids.index(end, 1) + 1] if end in ids[1:] else ids
 
 
+def distinct(found: dict[str, Sequences]) -> dict[str, Sequences]:
+    """Every sequence once, in the first kind that has it: else validation could hold what training learns."""
+    seen: set[tuple[int, ...]] = set()
+    kept: dict[str, Sequences] = {}
+    for kind, sequences in found.items():
+        own = {tuple(ids): ids for ids in sequences if tuple(ids) not in seen}
+        kept[kind] = list(own.values())
+        seen |= own.keys()
+    return kept
+
+
 def fair_shares(found: dict[str, Sequences], max_tokens: int, seed: int) -> dict[str, Sequences]:
     """At most `max_tokens`, the same from every kind of text; what a small kind leaves, the larger ones get."""
     chosen: dict[str, Sequences] = {}
@@ -133,11 +171,12 @@ def fair_shares(found: dict[str, Sequences], max_tokens: int, seed: int) -> dict
 
 
 def first_of(sequences: Sequences, most_tokens: int) -> Sequences:
+    """As many as fit; the first is cut where it alone does not."""
     taken: Sequences = []
     for ids in sequences:
+        if len(ids) > most_tokens:
+            return taken or [ids[:most_tokens]]
         most_tokens -= len(ids)
-        if most_tokens < 0 and taken:
-            break
         taken.append(ids)
     return taken
 

@@ -9,8 +9,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from gguf import GGUFReader
-
 from pipeline import child
 from pipeline.artifacts import Checkpoint, Corpus, Facts, GgufFile, TokenDataset, sha256_of
 from pipeline.config import ExportConfig
@@ -19,6 +17,7 @@ from pipeline.extend import with_context
 from pipeline.gguf_f16 import store_as_f16
 from pipeline.gguf_file import GgufContents
 from pipeline.gguf_proof import prove_logits, prove_metadata, prove_tensors, prove_tokens
+from pipeline.gguf_reader import TensorReader
 from pipeline.llama_cpp import CONVERTER, LlamaCpp
 
 log = logging.getLogger(__name__)
@@ -107,7 +106,7 @@ def set_add_bos(path: Path) -> None:
 
     The converter turns that off for every Llama with 49,152 tokens, taking it for a Granite code model.
     """
-    field = GGUFReader(path, "r+").fields.get(ADD_BOS)
+    field = TensorReader(path, "r+").fields.get(ADD_BOS)
     if field is None:
         raise CheckFailed(f"{path.name} has no {ADD_BOS}, which the converter writes for every tokenizer it knows")
     field.parts[field.data[0]][0] = True

@@ -27,7 +27,7 @@ from pipeline.progress import bar
 
 log = logging.getLogger(__name__)
 
-CHECKED_TOKENS = 512  # of validation text, at the end of each checked window
+CHECKED_TOKENS = 512  # of validation text, at the end of the checked windows
 CHECKED_PLACES = (0.5, 1.0)  # where such a window ends: halfway through the new positions, and at the last
 CHUNK = 512  # logits of this many tokens are in memory at once: 103 MB for GPT-2
 KNOT = 64  # positions
@@ -81,12 +81,13 @@ def with_context(checkpoint: Path, context: int, out: Path) -> Path:
 
 
 def check_windows(train: Sequences, validation: Sequences, positions: int, context: int, seed: int) -> list[Check]:
-    """The same validation text behind training text, ending at two places among the new positions."""
+    """Validation text behind training text, the same text ending at each of two places among the new positions."""
     added = context - positions
-    text = batches(validation, max(1, min(CHECKED_TOKENS, added // 2)))[0]
+    most = max(1, min(CHECKED_TOKENS, added // 2))
     before = long_enough(train, context, seed)
     return [
         Check(window(before, text, positions + round(place * added)), sum(len(ids) - 1 for ids in text))
+        for text in batches(validation, most)[: CHECKED_TOKENS // most]
         for place in CHECKED_PLACES
     ]
 

@@ -22,7 +22,8 @@ from pipeline.device import arithmetic_of
 from pipeline.distill import Group, Recipe, distill
 from pipeline.errors import CheckFailed
 from pipeline.gguf_file import GgufContents
-from pipeline.gguf_weights import load_weights, read_kquants, write_kquants, write_vectors
+from pipeline.gguf_reader import TensorReader
+from pipeline.gguf_weights import load_weights, read_kquants, stored_parameters, write_kquants, write_vectors
 from pipeline.grid import Grid, put_on_grid, take_off_grid
 from pipeline.kquants import KQuant
 from pipeline.matrices import block_matrices, ids_of_embeddings, weight_of
@@ -79,6 +80,7 @@ def finish_file(
     weights = {name: weight_of(module) for name, module in block_matrices(whole).items()}
     student = load(recovered, device)
     load_weights(student, path)
+    freeze_rounded(student, path)
     kquants = read_kquants(student, path) if cfg.train == "all" else {}
     facts = finish_model(student, load(tuned, device), kquants, weights, kept, train, validation, recipe)
     write_vectors(student, path)
@@ -97,6 +99,12 @@ def load(checkpoint: Checkpoint, device: str) -> PreTrainedModel:
     return model.to(device).eval()
 
 
+def freeze_rounded(model: PreTrainedModel, path: Path) -> None:
+    """Leaves to training what `path` keeps in F32: positions that were added are F16, and could not be written back."""
+    for _, parameter, stored in stored_parameters(model, TensorReader(path)):
+        parameter.requires_grad_(stored.tensor_type.name == "F32")
+
+
 def finish_model(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
@@ -107,14 +115,15 @@ def finish_model(
     validation: Sequence[Sequence[int]],
     recipe: Recipe,
 ) -> Facts:
-    """Trains `student`, which computes with the quantized weights, in place.
+    """Trains `student`, which computes with the quantized weights, in place: those of its vectors that want a gradient.
 
     `kquants`, by matrix name, are trained on their grids, from the `weights` (out, in) they were rounded from; of
     those not `kept` the codes stay. The facts have the trained ones under `kquants`.
     """
     modules = block_matrices(student)
     names = {id(module.weight) for module in modules.values()}
-    vectors = [p for p in student.parameters() if id(p) not in names | ids_of_embeddings(student)]
+    others = names | ids_of_embeddings(student)
+    vectors = [p for p in student.parameters() if p.requires_grad and id(p) not in others]
     grids: dict[str, Grid] = {
         name: put_on_grid(modules[name], kquant, weights[name], kept[name]) for name, kquant in kquants.items()
     }
@@ -123,7 +132,7 @@ def finish_model(
         groups.append(Group([grid.place for grid in grids.values()], PLACE_RATE))
         groups.append(Group([gain for grid in grids.values() for gain in (grid.gain, grid.min_gain)], GAIN_RATE))
     facts = distill(student, teacher, train, validation, groups, recipe, what="finish")
-    trained = {name: grid.quantized() for name, grid in grids.items()}
+    trained = {name: grid.quantized().to("cpu") for name, grid in grids.items()}
     for name in grids:
         take_off_grid(modules[name])
     return facts | {"kquants": trained, "codes_changed": codes_changed(kquants, trained)}
@@ -131,7 +140,7 @@ def finish_model(
 
 def codes_changed(before: Mapping[str, KQuant], after: Mapping[str, KQuant]) -> float:
     """Share of all trained weights that have another code now."""
-    changed = sum(int((before[name].codes != after[name].codes).sum()) for name in before)
+    changed = sum(int((before[name].codes.cpu() != after[name].codes.cpu()).sum()) for name in before)
     return changed / max(1, sum(kquant.codes.numel() for kquant in before.values()))
 
 
@@ -141,4 +150,9 @@ def checked(before: GgufFile, path: Path, facts: Facts) -> GgufFile:
     size = path.stat().st_size
     if size != before.size_bytes or described["tensor_types"] != before.facts["tensor_types"]:
         raise CheckFailed(f"finishing changed the size or the types of {path.name}; this is a bug")
+    if before.facts.get("keep_zeros") and described["zeros"] < before.facts["zeros"]:
+        raise CheckFailed(
+            f"finishing left {described['zeros']:.4f} of the weights of {path.name} zero, {before.facts['zeros']:.4f} "
+            "were to be kept; this is a bug"
+        )
     return GgufFile(path, sha256_of(path), size, before.type, before.facts | described | {"finish": facts})

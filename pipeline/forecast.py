@@ -69,6 +69,7 @@ class Forecast:
     size_bytes: int
     types: dict[str, str]  # tensor to type, as GGUF names it
     fallbacks: tuple[Fallback, ...]
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # by tensor, in GGUF's order: row length first
 
 
 def foretell(contents: GgufContents, kind: str, tools: LlamaCpp, choice: Choice) -> Forecast:
@@ -78,8 +79,9 @@ def foretell(contents: GgufContents, kind: str, tools: LlamaCpp, choice: Choice)
     notes of an importance matrix. The dry run gets one too, of ones: with it, some tensors get another type.
     """
     now = {name: tensor.tensor_type.name for name, tensor in contents.tensors.items()}
+    shapes = {name: tuple(tensor.shape.tolist()) for name, tensor in contents.tensors.items()}
     if kind == "F16":
-        return Forecast(contents.path.stat().st_size, now, ())
+        return Forecast(contents.path.stat().st_size, now, (), shapes)
     with tempfile.TemporaryDirectory() as folder:
         if choice.importance:
             ones = {name: np.ones(int(tensor.shape[0])) for name, tensor in contents.matrices.items()}
@@ -92,12 +94,12 @@ def foretell(contents: GgufContents, kind: str, tools: LlamaCpp, choice: Choice)
             f"llama-quantize's dry run speaks of {len(types)} tensors, but {contents.path.name} has {len(now)}; "
             "run scripts/build_llama_cpp.sh to get the version that this job knows"
         )
-    size = sum(stored_bytes(tensor.shape.tolist(), types[name]) for name, tensor in contents.tensors.items())
+    size = sum(stored_bytes(shape, types[name]) for name, shape in shapes.items())
     fallbacks = tuple(
         Fallback(tensor, int(row), int(block), asked.upper(), got.upper())
         for tensor, row, block, asked, got in FELL_BACK.findall(said)
     )
-    return Forecast(aligned(contents.header_bytes + choice.header_bytes()) + size, types, fallbacks)
+    return Forecast(aligned(contents.header_bytes + choice.header_bytes()) + size, types, fallbacks, shapes)
 
 
 def aligned(size: int) -> int:

@@ -6,7 +6,9 @@ import struct
 from pathlib import Path
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFReader
+from gguf import GGMLQuantizationType
+
+from pipeline.gguf_reader import TensorReader
 
 
 def store_as_f16(path: Path, name: str) -> None:
@@ -15,7 +17,7 @@ def store_as_f16(path: Path, name: str) -> None:
     llama-quantize leaves tables of positions as they are, so a quantized file has it in F16 too. A value beyond F16
     becomes infinite, which `prove_tensors` finds.
     """
-    reader = GGUFReader(path)
+    reader = TensorReader(path)
     header = bytearray(reader.data[: reader.data_offset])
     temporary = path.with_name(f"{path.name}.tmp")
     with temporary.open("wb") as file:

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGUFReader, GGUFValueType
+from gguf import GGUFValueType
 from gguf.gguf_reader import ReaderTensor
 from gguf.quants import dequantize
 
 from pipeline.artifacts import Facts
 from pipeline.errors import CheckFailed
+from pipeline.gguf_reader import TensorReader
 
 BLOCK_MATRIX = re.compile(r"blk\.\d+\..*\.weight")
 CHUNK_WEIGHTS = 1 << 22  # dequantized at once: 16 MiB as float32
@@ -29,7 +30,7 @@ class GgufContents:
 
     def __init__(self, path: Path) -> None:
         try:
-            reader = GGUFReader(path)
+            reader = TensorReader(path)
         except (ValueError, IndexError, KeyError, OSError) as e:  # numpy's own words for reading past the end
             raise CheckFailed(f"{path} is not a whole GGUF file ({e}); delete its folder and run again") from e
         self.path = path
@@ -73,8 +74,13 @@ class GgufContents:
         roles: dict[str, Counter[str]] = {}
         for name, tensor in self.tensors.items():
             if len(tensor.shape) > 1:
-                roles.setdefault(name.split(".")[-2], Counter())[tensor.tensor_type.name] += 1
+                roles.setdefault(role_of(name), Counter())[tensor.tensor_type.name] += 1
         return {role: dict(counts) for role, counts in sorted(roles.items())}
+
+
+def role_of(tensor: str) -> str:
+    """What the tensor is in its block or in the model: blk.0.ffn_up.weight is ffn_up."""
+    return tensor.split(".")[-2]
 
 
 def zero_counts(tensors: dict[str, ReaderTensor]) -> dict[str, int]:

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from gguf import GGUFReader
 from gguf.gguf_reader import ReaderTensor
 from gguf.quants import dequantize
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from pipeline.activations import HEAD
 from pipeline.errors import CheckFailed
@@ -24,6 +23,7 @@ from pipeline.gguf_names import (
     rows_as_stored,
     rows_as_trained,
 )
+from pipeline.gguf_reader import TensorReader
 from pipeline.kquants import KTYPES, KQuant, pack, unpack
 from pipeline.matrices import block_matrices
 
@@ -33,16 +33,20 @@ EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
 @torch.no_grad()
 def load_weights(model: PreTrainedModel, path: Path) -> None:
     """`model` with the weights of `path`, dequantized. Raises `CheckFailed` when a parameter has no tensor there."""
-    config = model.config
-    for name, parameter, stored in stored_parameters(model, GGUFReader(path)):
-        values = np.ascontiguousarray(dequantize(stored.data, stored.tensor_type), dtype=np.float32)
-        rows = rows_as_trained(name, torch.from_numpy(values), config)
-        parameter.copy_(rows.T if is_transposed(name, config) else rows)
+    for name, parameter, stored in stored_parameters(model, TensorReader(path)):
+        parameter.copy_(read_weight(name, stored, model.config))
+
+
+def read_weight(name: str, stored: ReaderTensor, config: PreTrainedConfig) -> Tensor:
+    """The tensor of a parameter, dequantized, float32, shaped as transformers has it."""
+    values = np.ascontiguousarray(dequantize(stored.data, stored.tensor_type), dtype=np.float32)
+    rows = rows_as_trained(name, torch.from_numpy(values), config)
+    return rows.T if is_transposed(name, config) else rows
 
 
 def read_kquants(model: PreTrainedModel, path: Path) -> dict[str, KQuant]:
     """The block matrices that `path` keeps in a k-quant of ours, by module name, rows as transformers has them."""
-    tensors = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
+    tensors = {tensor.name: tensor for tensor in TensorReader(path).tensors}
     found = {}
     for module, name in matrix_names(model.config, block_matrices(model)).items():
         kind = tensors[name].tensor_type.name
@@ -54,7 +58,7 @@ def read_kquants(model: PreTrainedModel, path: Path) -> dict[str, KQuant]:
 
 def read_matrices(model: PreTrainedModel, path: Path, modules: Sequence[str]) -> dict[str, Tensor]:
     """The named block matrices of `path`, dequantized, (out, in) float32, rows as transformers has them."""
-    tensors = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
+    tensors = {tensor.name: tensor for tensor in TensorReader(path).tensors}
     found = {}
     for module, name in matrix_names(model.config, modules).items():
         values = np.ascontiguousarray(dequantize(tensors[name].data, tensors[name].tensor_type), dtype=np.float32)
@@ -73,7 +77,7 @@ def write_kquants(model: PreTrainedModel, path: Path, kquants: Mapping[str, KQua
     Keys are names of block matrices, or `HEAD`.
     """
     config = model.config
-    tensors = {tensor.name: tensor for tensor in GGUFReader(path, "r+").tensors}
+    tensors = {tensor.name: tensor for tensor in TensorReader(path, "r+").tensors}
     names = matrix_names(config, (module for module in kquants if module != HEAD)) | {HEAD: head_tensor(model)}
     for module, kquant in kquants.items():
         stored = tensors[names[module]]
@@ -89,14 +93,14 @@ def write_kquants(model: PreTrainedModel, path: Path, kquants: Mapping[str, KQua
 
 def write_vectors(model: PreTrainedModel, path: Path) -> None:
     """What `path` keeps in F32 (norms, biases, positions), as `model` has it now."""
-    for name, parameter, stored in stored_parameters(model, GGUFReader(path, "r+")):
+    for name, parameter, stored in stored_parameters(model, TensorReader(path, "r+")):
         if stored.tensor_type.name == "F32":
             rows = as_stored(name, parameter.detach().cpu(), model.config)
             stored.data[:] = rows.contiguous().numpy()
             stored.data.flush()
 
 
-def stored_parameters(model: PreTrainedModel, reader: GGUFReader) -> Iterator[tuple[str, nn.Parameter, ReaderTensor]]:
+def stored_parameters(model: PreTrainedModel, reader: TensorReader) -> Iterator[tuple[str, nn.Parameter, ReaderTensor]]:
     """Each parameter of `model` with its name and the file's tensor."""
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     names = name_map(model.config)

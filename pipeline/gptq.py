@@ -61,31 +61,43 @@ def encode_rows(weight: Tensor, factor: Tensor, kind: str, kept: Tensor | None, 
     d = torch.empty(rows, columns // BLOCK, dtype=torch.float16, device=weight.device)
     dmin = torch.empty_like(d)
     weight = weight.clone()
-    zero = keep_zeros and affine
+    mask = torch.ones_like(weight) if kept is None else kept.to(weight.dtype)
     for number, (start, end) in enumerate(blocks(columns)):
-        now, own = weight[:, start:end], factor[start:end, start:end]
+        now, own, stays = weight[:, start:end], factor[start:end, start:end], mask[:, start:end]
         cost = (1 / own.diagonal() ** 2).reshape(GROUPS, GROUP)
-        mask = None if kept is None else kept[:, start:end]
-        block = super_of(now.reshape(rows, GROUPS, GROUP), cost, kind, zero)
+        block = super_of((now * stays).reshape(rows, GROUPS, GROUP), cost, kind, keep_zeros and affine)
         d[:, number], dmin[:, number] = block.d, block.dmin
         errors = torch.empty_like(now)
         for g in range(GROUPS):
             span = slice(g * GROUP, (g + 1) * GROUP)
-            chosen = group_of(now[:, span], cost[g], block, kind, zero, None if mask is None else mask[:, span])
+            group, within = now[:, span] * stays[:, span], own[span, span]
+            chosen = group_of(group, cost[g], block, kind, keep_zeros and affine, stays[:, span])
             scales[:, number * GROUPS + g], mins[:, number * GROUPS + g] = chosen.scale, chosen.min
-            step, minimum = block.d * chosen.scale, block.dmin * chosen.min
-            for i in range(span.start, span.stop):
-                forced = ~mask[:, i] if mask is not None and keep_zeros else None
-                code, value = round_column(now[:, i], step, minimum, chosen, kind, forced)
-                codes[:, start + i] = code
-                errors[:, i] = (now[:, i] - value) / own[i, i]
-                now[:, i + 1 :] -= errors[:, i, None] * own[i, None, i + 1 :]
-                if mask is not None:
-                    now[:, i + 1 :] *= mask[:, i + 1 :]
+            code, errors[:, span] = round_group(group, stays[:, span], within, block, chosen, kind, keep_zeros)
+            codes[:, start + span.start : start + span.stop] = code
+            now[:, span.stop :] -= errors[:, span] @ own[span, span.stop :]
         weight[:, end:] -= errors @ factor[start:end, end:]
-        if kept is not None:
-            weight[:, end:] *= kept[:, end:]
     return KQuant(kind, codes, scales, mins if affine else None, d, dmin if affine else None)
+
+
+def round_group(
+    x: Tensor, stays: Tensor, factor: Tensor, block: fit.Super, chosen: fit.Group, kind: str, keep_zeros: bool
+) -> tuple[Tensor, Tensor]:
+    """Codes of one group, and the errors to spread, each (R, 16). What is spread to a pruned weight is dropped."""
+    ktype = KTYPES[kind]
+    step, minimum = block.d * chosen.scale, block.dmin * chosen.min
+    inverse = fit.over(torch.ones_like(step), step)
+    codes, errors = torch.empty_like(x), torch.empty_like(x)
+    at_zero = (minimum * inverse).round() + ktype.zero_code
+    for i in range(GROUP):
+        target = x[:, i] * stays[:, i]
+        code = ((target + minimum) * inverse).round_().add_(ktype.zero_code).clamp_(0, ktype.max_code)
+        if keep_zeros:
+            code = torch.where(stays[:, i] == 0, at_zero, code)
+        codes[:, i] = code
+        errors[:, i] = (target - (step * (code - ktype.zero_code) - minimum)) / factor[i, i]
+        x[:, i + 1 :] -= errors[:, i, None] * factor[i, None, i + 1 :]
+    return codes, errors
 
 
 def blocks(columns: int) -> Iterator[tuple[int, int]]:
@@ -98,19 +110,7 @@ def super_of(x: Tensor, cost: Tensor, kind: str, zero: bool) -> fit.Super:
     return fit.affine_super(x, cost) if KTYPES[kind].max_min else fit.symmetric_super(x, cost, kind)
 
 
-def group_of(x: Tensor, cost: Tensor, block: fit.Super, kind: str, zero: bool, mask: Tensor | None) -> fit.Group:
+def group_of(x: Tensor, cost: Tensor, block: fit.Super, kind: str, zero: bool, stays: Tensor) -> fit.Group:
     if zero:
-        return fit.zero_group(x, cost, block, mask)
+        return fit.zero_group(x, cost, block, stays)
     return fit.affine_group(x, cost, block) if KTYPES[kind].max_min else fit.symmetric_group(x, cost, block, kind)
-
-
-def round_column(
-    x: Tensor, step: Tensor, minimum: Tensor, chosen: fit.Group, kind: str, forced: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Codes and the values that they decode to, each (R,). Where `forced`, the code that decodes to zero."""
-    ktype = KTYPES[kind]
-    code = (fit.over(x + minimum, step).round() + ktype.zero_code).clamp(0, ktype.max_code)
-    if forced is not None:
-        at_zero = fit.over(chosen.min, chosen.scale) if ktype.max_min else torch.full_like(code, ktype.zero_code)
-        code = torch.where(forced, at_zero, code)
-    return code, step * (code - ktype.zero_code) - minimum

@@ -16,7 +16,7 @@ from torch.autograd.function import Function
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
-from pipeline.kquant_fit import half, over
+from pipeline.kquant_fit import ZERO_RATIO, half, over
 from pipeline.kquants import BLOCK, GROUP, KTYPES, KQuant, per_group
 
 CELL = 0.45  # how far from its code a weight may start, of the 0.5 at which it is another code's
@@ -50,6 +50,7 @@ class Grid(nn.Module):
         Columns beyond C, which fill the last block of a bench's narrower matrix, are on no one's mind.
         """
         super().__init__()
+        quantized = quantized.to(weight.device)
         self.base, self.transposed, self.columns = quantized, transposed, weight.shape[1]
         ktype = KTYPES[quantized.type]
         self.low, self.high = -ktype.zero_code, ktype.max_code - ktype.zero_code
@@ -75,9 +76,10 @@ class Grid(nn.Module):
         return per_group(d, self.base.scales), per_group(dmin, mins)
 
     def blocks(self) -> tuple[Tensor, Tensor]:
-        """d and dmin as trained, rounded as the file rounds them, (R, C/256)."""
+        """d and dmin as trained, rounded as the file rounds them, (R, C/256). Where zero is on the grid, it stays."""
         d, dmin = self.base.d.float(), self.dmin_of(self.base).float()
-        return as_half(d * (1 + self.gain)), as_half(dmin * (1 + self.min_gain))
+        trained = as_half(d * (1 + self.gain))
+        return trained, torch.where(dmin == ZERO_RATIO * d, ZERO_RATIO * trained, as_half(dmin * (1 + self.min_gain)))
 
     def forward(self, original: Tensor) -> Tensor:
         weight: Tensor = RoundToGrid.apply(  # type: ignore[no-untyped-call]

@@ -24,6 +24,7 @@ GROUP_REACH = (2, 3)  # stored scales and minima tried on either side of the bes
 SUPER = (1.0, 0.88, 0.76)  # of the largest group's scale, tried as that of the whole block
 SUPER_MIN = (1.0, 0.8)  # the same of the minima
 REFINEMENTS = 3  # of the block's d and dmin for the codes found, and of the codes for them
+LEAST = 1e-30  # far below what a float16 can hold
 
 
 class Super(NamedTuple):
@@ -46,8 +47,11 @@ def half(x: Tensor) -> Tensor:
 
 
 def over(x: Tensor, divisor: Tensor) -> Tensor:
-    """x / divisor, and 0 where that is 0. The divisor is the smaller tensor, so it is the one that is looked at."""
-    return x * torch.where(divisor == 0, 0.0, 1 / divisor)
+    """x / divisor, and 0 where that is 0, or so small that its reciprocal is not finite.
+
+    The divisor is the smaller tensor, so it is the one that is looked at.
+    """
+    return x * torch.where(divisor.abs() < LEAST, 0.0, 1 / divisor)
 
 
 # Q2_K: w = d·scale·code − dmin·min
@@ -77,9 +81,11 @@ def least_squares(x: Tensor, h: Tensor, code: Tensor, scale: Tensor, minimum: Te
     determinant = n * scc - sc * sc
     slope = over(n * scx - sc * sx, determinant)
     offset = over(scc * sx - sc * scx, determinant)  # −minimum
-    slope = torch.where(offset > 0, over(scx, scc), slope)  # a minimum below zero cannot be stored
-    usable = (slope > 0) & (determinant > 1e-9 * n * scc)
-    return torch.where(usable, slope, scale), torch.where(usable, (-offset).clamp(min=0), minimum)
+    definite = determinant > 1e-9 * n * scc  # not so where all codes are the same
+    alone = torch.where(definite, offset > 0, minimum == 0)  # a minimum below zero cannot be stored
+    slope = torch.where(alone, over(scx, scc), slope)
+    usable = (slope > 0) & (definite | alone)
+    return torch.where(usable, slope, scale), torch.where(usable & ~alone, -offset, torch.where(alone, 0.0, minimum))
 
 
 class Choice(NamedTuple):
@@ -168,27 +174,32 @@ def affine_group(x: Tensor, h: Tensor, block: Super) -> Group:
     return Group(found.scale, found.min)
 
 
-# Q2_K with zero on its grid: dmin = d and min = k·scale, so that code k is exactly zero
+# Q2_K with zero on its grid: dmin = 2·d and 2·min = k·scale, so that code k is exactly zero. With dmin = d no group
+# could reach as far below zero as above it, and the errors are 1.4 times as large.
+
+ZERO_RATIO = 2  # of dmin to d
 
 
 def zero_super(x: Tensor, h: Tensor) -> Super:
     ktype = KTYPES["Q2_K"]
-    reach = x.abs().amax((-1, -2)) / 2  # of a group whose zero is in the middle of its codes
-    d = half(reach / ktype.max_scale)
-    return Super(d, d)
+    d = half(x.abs().amax((-1, -2)) / 2 / ktype.max_scale)  # of a group with two codes below zero
+    return Super(d, ZERO_RATIO * d)
 
 
-def zero_group(x: Tensor, h: Tensor, block: Super, kept: Tensor | None) -> Group:
+def zero_group(x: Tensor, h: Tensor, block: Super, kept: Tensor) -> Group:
     """As `affine_group`, among the pairs that have zero on the grid. Weights that are not `kept` are zero in it."""
     ktype = KTYPES["Q2_K"]
     pairs = [
-        (s, k * s) for k in range(ktype.max_code + 1) for s in range(ktype.max_scale + 1) if k * s <= ktype.max_min
+        (s, k * s // ZERO_RATIO)
+        for k in range(ktype.max_code + 1)
+        for s in range(ktype.max_scale + 1)
+        if k * s % ZERO_RATIO == 0 and k * s <= ZERO_RATIO * ktype.max_min
     ]
     scales, minima = torch.tensor(pairs, dtype=torch.float32, device=x.device).T  # (P,)
-    step, minimum = block.d[:, None] * scales, block.d[:, None] * minima  # (R, P)
+    step, minimum = block.d[:, None] * scales, block.dmin[:, None] * minima  # (R, P)
     code = over(x[:, None] + minimum[..., None], step[..., None]).round_().clamp_(0, ktype.max_code)
     errors = h * (code * step[..., None] - minimum[..., None] - x[:, None]) ** 2  # (R, P, 16)
-    error = (errors if kept is None else errors * kept[:, None]).sum(-1)
+    error = (errors * kept[:, None]).sum(-1)
     best = error.argmin(-1)
     return Group(scales[best], minima[best])
 

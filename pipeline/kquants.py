@@ -49,6 +49,10 @@ class KQuant:
     d: Tensor  # (R, C/256) float16
     dmin: Tensor | None  # (R, C/256) float16, Q2_K only
 
+    def to(self, device: torch.device | str) -> KQuant:
+        mins, dmin = (None if values is None else values.to(device) for values in (self.mins, self.dmin))
+        return KQuant(self.type, self.codes.to(device), self.scales.to(device), mins, self.d.to(device), dmin)
+
     def dequantize(self) -> Tensor:
         """(R, C) float32, the very bits that ggml and gguf-py decode to.
 

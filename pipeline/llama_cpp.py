@@ -160,6 +160,12 @@ def generate(
         return Generation(pipe.read(int(size)).decode(errors="replace"), bool(stopped))
 
 
+def quantize(tools: LlamaCpp, f16: Path, path: Path, kind: str, options: Sequence[str | Path] = ()) -> None:
+    """Writes `path`; files that `options` name are looked for in its folder."""
+    command = [tools.program("llama-quantize"), *options, f16.resolve(), path.name, kind, str(threads())]
+    child.run(command, writes_in=path.parent, cwd=path.parent)
+
+
 def bench(tools: LlamaCpp, gguf: Path) -> Speed:
     """Tokens per second of `gguf` on this machine's CPU, mean of three, and llama-bench's peak memory."""
     command = [str(tools.program("llama-bench")), "--model", str(gguf), "--output", "json", "--threads", str(threads())]

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from pipeline import llama_cpp
 from pipeline.artifacts import Checkpoint
+from pipeline.budget import least
 from pipeline.config import JobConfig
 from pipeline.device import Device, choose_device, choose_precision
 from pipeline.errors import ConfigError, NotAllowed
@@ -46,7 +47,7 @@ def preflight(cfg: JobConfig) -> Ground:
 def check_model(base: Checkpoint, cfg: JobConfig, tools: LlamaCpp) -> None:
     """Settings against the base model, before an hour is spent on it. Raises `ConfigError`."""
     check_shape(base, cfg)
-    if cfg.quantize.fallback == "error" or cfg.gate.max_bytes:
+    if cfg.quantize.fallback == "error" or cfg.gate.max_bytes or cfg.quantize.max_bytes:
         context = cfg.export.context
         check_files(
             forecasts_of(
@@ -88,9 +89,11 @@ def check_positions(config: PreTrainedConfig, cfg: JobConfig) -> None:
 def check_files(forecasts: Mapping[str, Forecast], cfg: JobConfig) -> None:
     """What `quantize` and the gates would refuse at the end. `forecasts` has every type of `cfg.quantize.types`."""
     for kind in cfg.quantize.types:
+        file = f"{cfg.name}-{kind}.gguf"
+        forecast = least(forecasts[kind], file, cfg.quantize.max_bytes)
         if cfg.quantize.fallback == "error":
-            handle_fallbacks(kind, forecasts[kind].fallbacks, "error")
-        check_size(f"{cfg.name}-{kind}.gguf", forecasts[kind].size_bytes, cfg)
+            handle_fallbacks(kind, forecast.fallbacks, "error")
+        check_size(file, forecast.size_bytes, cfg)
 
 
 def check_size(file: str, foretold: int, cfg: JobConfig) -> None:

@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from pipeline import child, imatrix
+from pipeline import imatrix, llama_cpp
 from pipeline.activations import HEAD, input_squares
 from pipeline.artifacts import Calibration, Checkpoint, Facts, GgufFile, GgufSet, sha256_of
+from pipeline.budget import UNQUANTIZED, choose_types, least
 from pipeline.calibrate import load_calibration
 from pipeline.config import QuantizeConfig
 from pipeline.encode import encode_model
@@ -27,7 +28,7 @@ from pipeline.gguf_file import GgufContents
 from pipeline.gguf_names import matrix_names
 from pipeline.gguf_weights import head_tensor, read_matrices, write_kquants
 from pipeline.kquants import KTYPES
-from pipeline.llama_cpp import LlamaCpp, threads
+from pipeline.llama_cpp import LlamaCpp
 from pipeline.matrices import block_matrices
 from pipeline.quant_types import check_types
 
@@ -49,20 +50,30 @@ def quantize(
     """One file NAME-TYPE.gguf for each type of `cfg`; F16 is the exported file itself.
 
     `model` is the checkpoint behind `f16`, measured on `calibration`. `keep_zeros`: zeros of its block matrices are
-    zeros in the file. Raises `ConfigError` for an unknown type, or a fallback where `cfg.fallback` is error;
-    `CheckFailed` when a file is not what was foretold, `MachineError` when the disk is too small. All before the
-    first is written, if it can be.
+    zeros in the file. Raises `ConfigError` for an unknown type, a fallback where `cfg.fallback` is error, or a budget
+    that is too small; `CheckFailed` when a file is not what was foretold, `MachineError` when the disk is too small.
+    All before the first is written, if it can be.
     """
     check_types(cfg.types, cfg.importance)
     contents = GgufContents(f16.path)
-    choice = Choice(cfg.importance)
-    forecasts = {kind: foretell(contents, kind, tools, choice) for kind in cfg.types}
+    choice, budget = Choice(cfg.importance), Facts()
+    forecasts = {
+        kind: least(foretell(contents, kind, tools, choice), f"{name}-{kind}.gguf", cfg.max_bytes) for kind in cfg.types
+    }
     for kind, forecast in forecasts.items():
         handle_fallbacks(kind, forecast.fallbacks, cfg.fallback)
     require_disk(sum(forecast.size_bytes for forecast in forecasts.values()), out)
     sequences = load_calibration(calibration, "train")
     if choice.importance:
         write_importance(load(model, device), sequences, out / IMATRIX)
+    limited = [kind for kind in cfg.types if cfg.max_bytes and kind not in UNQUANTIZED]
+    if limited:
+        held = load_calibration(calibration, "validation")
+        choice, budget = choose_types(
+            f16.path, load(model, device), held, cfg.max_bytes, choice, keep_zeros=keep_zeros, tools=tools, out=out
+        )
+        forecasts = {kind: foretell(contents, kind, tools, choice) for kind in cfg.types}
+        require_disk(sum(forecast.size_bytes for forecast in forecasts.values()), out)
     files = []
     for kind, forecast in forecasts.items():
         path = out / f"{name}-{kind}.gguf"
@@ -70,6 +81,8 @@ def quantize(
         ours: Facts = {"encoder": "llama.cpp", "encoded_tensors": 0}
         if cfg.encoder == "gptq" and kind != "F16":
             ours = encode_file(load(model, device), sequences, path, keep_zeros)
+        if kind in limited:
+            ours |= {"budget": budget}
         files.append(described(path, kind, forecast, ours | {"importance": cfg.importance}))
     return GgufSet(tuple(files))
 
@@ -100,8 +113,7 @@ def stock(f16: GgufFile, kind: str, choice: Choice, tools: LlamaCpp, path: Path)
         except OSError:  # bucket mounts and some disks have no hard links
             shutil.copyfile(f16.path, path)
         return
-    arguments = [*choice.arguments(), f16.path.resolve(), path.name, kind, str(threads())]
-    child.run([tools.program("llama-quantize"), *arguments], writes_in=path.parent, cwd=path.parent)
+    llama_cpp.quantize(tools, f16.path, path, kind, choice.arguments())
 
 
 def encode_file(model: PreTrainedModel, sequences: list[list[int]], path: Path, keep_zeros: bool) -> Facts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 import uuid
 from collections.abc import Iterator
@@ -58,6 +59,25 @@ def toy_gpt2(gpt2_vocab: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     from scripts.make_random_gpt2 import make
 
     return make(tmp_path_factory.mktemp("toy-gpt2"), gpt2_vocab, layers=2, width=256, heads=4)
+
+
+@pytest.fixture(scope="session")
+def wide_llama(toy_gpt2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama 256 wide, for k-quants: rotary rows, grouped heads, a head of its own; random weights."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    out = tmp_path_factory.mktemp("wide-llama")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(toy_gpt2 / name, out)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50257, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, bos_token_id=50256, eos_token_id=50256,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(out)
+    return out
 
 
 @pytest.fixture(scope="session")

@@ -204,6 +204,7 @@ def test_a_sequence_longer_than_the_file_has_positions_for_is_an_error_in_words(
     assert len(next(iter(logits(llama_cpp, longer.path, [ids])))) == 1025
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_was_extended_is_exported_as_it_is(longer, toy, llama_cpp, tmp_path):
     model, corpus, tokens = toy
     trained = with_context(model.path, 4096, tmp_path / "extended")

@@ -76,7 +76,7 @@ def test_a_model_with_rotary_positions_cannot_be_extended(tmp_path):
     config = LlamaConfig(max_position_embeddings=512)
     with pytest.raises(ConfigError, match="the base model is a llama, whose 512 positions are rotary"):
         check_positions(config, job(tmp_path, **{"export.context": "4096"}))
-    with pytest.raises(ConfigError, match="choose at most 511$"):
+    with pytest.raises(ConfigError, match=r"choose at most 511$"):
         check_positions(config, job(tmp_path, **{"evaluate.max_new_tokens": "512"}))
 
 

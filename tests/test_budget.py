@@ -1,0 +1,248 @@
+import itertools
+import random
+import re
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from pipeline import preflight
+from pipeline.artifacts import Checkpoint, GgufFile, sha256_of
+from pipeline.budget import TYPES, Option, best_mix, least, roles_of, smallest_of
+from pipeline.config import QuantizeConfig
+from pipeline.errors import ConfigError
+from pipeline.export import convert
+from pipeline.forecast import Choice, Fallback, Forecast, forecasts_of, foretell
+from pipeline.gguf_file import GgufContents
+from pipeline.preflight import check_model
+from pipeline.quantize import quantize
+from pipeline.settings import resolve
+from scripts.make_random_gpt2 import make
+from tests.calibrated import calibration_in
+
+ROLES = ("attn_output", "attn_qkv", "ffn_down", "ffn_up", "token_embd")
+SEQUENCES = [[50256, *range(start, start + 12)] for start in range(100, 400, 20)]
+
+
+def made_up(seed, roles=4):
+    """Sizes grow with the type; costs mostly fall, sometimes not, and are often equal."""
+    draw = random.Random(seed)
+    table = {}
+    for role in range(roles):
+        sizes = sorted(draw.sample(range(1, 40), draw.randint(1, 5)))
+        costs = sorted((draw.choice([0.0, 0.125, 0.5, draw.random()]) for _ in sizes), reverse=True)
+        if draw.random() < 0.3:
+            draw.shuffle(costs)
+        table[f"role{role}"] = {f"T{size}": Option(size, cost) for size, cost in zip(sizes, costs, strict=True)}
+    return table
+
+
+def brute_force(options, max_bytes):
+    """Least cost, then fewest bytes, of every combination."""
+    mixes = (
+        (sum(options[role][kind].cost for role, kind in zip(options, kinds, strict=True)), size_of(options, kinds))
+        for kinds in itertools.product(*options.values())
+    )
+    return min((mix for mix in mixes if mix[1] <= max_bytes), default=None)
+
+
+def size_of(options, kinds):
+    return sum(options[role][kind].size_bytes for role, kind in zip(options, kinds, strict=True))
+
+
+def cost_of(options, chosen):
+    return sum(options[role][kind].cost for role, kind in chosen.items())
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_search_finds_what_trying_every_combination_finds_at_every_budget(seed):
+    options = made_up(seed)
+    smallest = sum(min(types.values()).size_bytes for types in options.values())
+    costs = []
+    for limit in range(smallest, smallest + 120, 3):
+        chosen = best_mix(options, limit)
+        assert list(chosen) == list(options)
+        costs.append(cost_of(options, chosen))
+        assert (costs[-1], size_of(options, chosen.values())) == brute_force(options, limit)
+    assert costs == sorted(costs, reverse=True)  # a looser budget never costs more
+
+
+def test_a_role_that_gains_nothing_from_a_larger_type_gets_the_smaller():
+    same = {"Q2_K": Option(10, 0.5), "Q8_0": Option(30, 0.5)}
+    better = {"Q2_K": Option(10, 0.5), "Q8_0": Option(30, 0.1)}
+    assert best_mix({"ffn_up": same, "ffn_down": better}, 1000) == {"ffn_up": "Q2_K", "ffn_down": "Q8_0"}
+
+
+def test_a_role_that_is_worse_in_a_larger_type_gets_the_smaller():
+    assert best_mix({"ffn_up": {"Q6_K": Option(10, 0.1), "Q8_0": Option(30, 0.2)}}, 1000) == {"ffn_up": "Q6_K"}
+
+
+def forecast(**types):
+    tensors = {"token_embd.weight": (256, 100), "blk.0.ffn_up.weight": (256, 64), "output_norm.weight": (256,)}
+    kinds = {name: types.get(name.split(".")[-2], "F32") for name in tensors}
+    return Forecast(100_000, kinds, (), tensors)
+
+
+def test_pruned_matrices_get_no_type_that_loses_zeros_where_they_must_stay():
+    roles = roles_of(forecast(token_embd="Q6_K", ffn_up="Q2_K"), keep_zeros=True)
+    assert roles["ffn_up"].types == ("Q2_K", "Q3_K", "Q6_K", "Q8_0")
+    assert roles["token_embd"].types == TYPES
+    assert roles_of(forecast(token_embd="Q6_K", ffn_up="Q2_K"))["ffn_up"].types == TYPES
+
+
+def test_only_what_llama_quantize_quantizes_is_chosen():
+    assert list(roles_of(forecast(ffn_up="Q2_K", token_embd="F16"))) == ["ffn_up"]
+
+
+def test_without_a_budget_a_forecast_stays_as_it_is():
+    whole = forecast(token_embd="Q6_K", ffn_up="Q2_K")
+    assert least(whole, "toy-Q2_K.gguf", 0) is whole
+
+
+def test_a_file_with_no_types_to_choose_is_held_to_the_budget_too():
+    whole = forecast(token_embd="F16", ffn_up="F16")
+    assert least(whole, "toy-F16.gguf", 100_000) == whole
+    with pytest.raises(ConfigError, match=r"toy-F16\.gguf will have 100,000 bytes and no types to choose.*99,999;"):
+        least(whole, "toy-F16.gguf", 99_999)
+
+
+def test_a_fallback_that_no_chosen_type_leaves_is_not_held_against_a_budget():
+    fallbacks = tuple(Fallback(name, 96, 256, "Q2_K", "Q4_0") for name in ("blk.0.ffn_up.weight", "other.weight"))
+    found = Forecast(9000, {"blk.0.ffn_up.weight": "Q4_0"}, fallbacks, {"blk.0.ffn_up.weight": (96, 64)})
+    assert [fallback.tensor for fallback in smallest_of(found).fallbacks] == ["other.weight"]
+
+
+def f16_of(checkpoint, tools, folder):
+    path = folder / "toy-F16.gguf"
+    convert(checkpoint, tools, "toy", path)
+    return GgufFile(path, sha256_of(path), path.stat().st_size, "F16")
+
+
+@pytest.fixture(scope="module")
+def f16(toy_gpt2, llama_cpp, tmp_path_factory):
+    return f16_of(toy_gpt2, llama_cpp, tmp_path_factory.mktemp("f16"))
+
+
+def quantized(f16, checkpoint, tools, out, *, keep_zeros=False, **settings):
+    calibration = calibration_in(out, SEQUENCES)
+    model = Checkpoint(checkpoint, "0" * 64)
+    cfg = QuantizeConfig(**settings)
+    return quantize(
+        f16, model, calibration, cfg, keep_zeros=keep_zeros, tools=tools, device="cpu", name="toy", out=out
+    ).files
+
+
+def size_with(f16, tools, types, importance=True):
+    """Of the file with each role's type, as llama-quantize foretells it."""
+    contents = GgufContents(f16.path)
+    chosen = {name: types[role] for name in contents.tensors for role in types if f"{role}.weight" in name}
+    return foretell(contents, "Q2_K", tools, Choice(importance, chosen)).size_bytes
+
+
+@pytest.fixture(scope="module")
+def chosen(f16, toy_gpt2, llama_cpp, tmp_path_factory):
+    """Two files under one budget, a little more than what Q4_K everywhere takes, with the budget."""
+    limit = size_with(f16, llama_cpp, dict.fromkeys(ROLES, "Q4_K")) + 100_000
+    out = tmp_path_factory.mktemp("chosen")
+    settings = {"types": ("Q2_K", "Q5_K_M", "F16"), "max_bytes": max(limit, 0)}
+    with pytest.raises(ConfigError, match=r"toy-F16\.gguf will have"):
+        quantized(f16, toy_gpt2, llama_cpp, out, **settings)
+    return quantized(f16, toy_gpt2, llama_cpp, out, **settings | {"types": ("Q2_K", "Q5_K_M")}), limit
+
+
+def test_each_file_of_a_budget_has_the_best_measured_mix_that_fits(f16, chosen, llama_cpp):
+    files, limit = chosen
+    assert [(file.type, file.path.name) for file in files] == [("Q2_K", "toy-Q2_K.gguf"), ("Q5_K_M", "toy-Q5_K_M.gguf")]
+    for file in files:
+        budget = file.facts["budget"]
+        assert (budget["max_bytes"], budget["tokens"]) == (limit, 12)
+        assert {role: [*kl] for role, kl in budget["kl"].items()} == {role: [*TYPES] for role in ROLES}
+        stored = {role: [*types.items()] for role, types in file.facts["matrix_types"].items()}
+        assert stored == {role: [(kind, 2)] for role, kind in budget["types"].items()} | {
+            "token_embd": [(budget["types"]["token_embd"], 1)],
+            "position_embd": [("F32", 1)],
+        }
+        assert file.size_bytes == size_with(f16, llama_cpp, budget["types"]) == file.path.stat().st_size <= limit
+        assert budget["kl_sum"] == pytest.approx(
+            sum(budget["kl"][role][kind] for role, kind in budget["types"].items())
+        )
+        assert best_by_brute_force(f16, budget, limit, llama_cpp) == pytest.approx(budget["kl_sum"])
+
+
+def best_by_brute_force(f16, budget, limit, tools):
+    """The least sum of the measured table among all 6^5 mixes, sizes from the sizes of uniform files."""
+    base = dict.fromkeys(ROLES, "Q2_K")
+    smallest = size_with(f16, tools, base)
+    grows = {(role, kind): size_with(f16, tools, base | {role: kind}) - smallest for role in ROLES for kind in TYPES}
+    return min(
+        sum(budget["kl"][role][kind] for role, kind in zip(ROLES, kinds, strict=True))
+        for kinds in itertools.product(TYPES, repeat=len(ROLES))
+        if smallest + sum(grows[pair] for pair in zip(ROLES, kinds, strict=True)) <= limit
+    )
+
+
+def test_what_ended_up_in_a_k_quant_of_ours_is_still_encoded_by_us(chosen):
+    for file in chosen[0]:
+        ours = [role for role, kind in file.facts["budget"]["types"].items() if kind in ("Q2_K", "Q3_K", "Q6_K")]
+        assert file.facts["encoded_tensors"] == sum(1 if role == "token_embd" else 2 for role in ours)
+
+
+def test_too_small_a_budget_names_the_smallest_size_which_then_works(f16, toy_gpt2, llama_cpp, tmp_path):
+    with pytest.raises(ConfigError, match=r"no mix of types makes toy-Q2_K\.gguf smaller than [\d,]+ bytes") as refused:
+        quantized(f16, toy_gpt2, llama_cpp, tmp_path, max_bytes=1)
+    assert not list(tmp_path.glob("*.gguf"))
+    smallest = int(re.search(r"at least (\d+)$", str(refused.value))[1])
+    assert f"smaller than {smallest:,} bytes, but quantize.max_bytes allows 1;" in str(refused.value)
+    (file,) = quantized(f16, toy_gpt2, llama_cpp, tmp_path, max_bytes=smallest, encoder="llama.cpp")
+    assert file.size_bytes == smallest
+    assert file.facts["tensor_types"].keys() == {"F32", "Q2_K"}
+    with pytest.raises(ConfigError, match=f"at least {smallest}"):
+        quantized(f16, toy_gpt2, llama_cpp, tmp_path, max_bytes=smallest - 1)
+
+
+def test_without_a_budget_the_types_are_the_file_types_own(f16, toy_gpt2, llama_cpp, tmp_path):
+    (file,) = quantized(f16, toy_gpt2, llama_cpp, tmp_path, encoder="llama.cpp")
+    assert "budget" not in file.facts
+    assert file.facts["matrix_types"] == {
+        "attn_output": {"Q3_K": 2},
+        "attn_qkv": {"Q3_K": 2},
+        "ffn_down": {"Q3_K": 2},
+        "ffn_up": {"Q2_K": 2},
+        "position_embd": {"F32": 1},
+        "token_embd": {"Q6_K": 1},
+    }
+
+
+def test_rows_that_no_block_of_256_divides_are_chosen_from_types_that_fit(gpt2_vocab, llama_cpp, tmp_path):
+    """Such a file has fallbacks without a budget; with one it has none to refuse."""
+    model = make(tmp_path / "model", gpt2_vocab, layers=1, width=96, heads=4)
+    f16 = f16_of(model, llama_cpp, tmp_path)
+    out = tmp_path / "out"
+    out.mkdir()
+    (file,) = quantized(f16, model, llama_cpp, out, max_bytes=f16.size_bytes // 2, fallback="error")
+    assert file.facts["fallbacks"] == []
+    assert file.size_bytes == file.facts["predicted_bytes"] <= f16.size_bytes // 2
+    offered = {role: list(kl) for role, kl in file.facts["budget"]["kl"].items()}
+    assert offered == dict.fromkeys(ROLES, ["Q4_0", "Q5_0", "Q8_0"])
+
+
+def test_a_budget_that_nothing_fits_is_refused_before_training_with_one_forecast(
+    toy_gpt2, f16, llama_cpp, tmp_path, monkeypatch
+):
+    base = Checkpoint.of(toy_gpt2, {})
+    smallest = size_with(f16, llama_cpp, dict.fromkeys(ROLES, "Q2_K"))
+    foretold = forecasts_of(toy_gpt2, ["Q2_K"], llama_cpp, name="toy", importance=True)
+    asked = []
+    monkeypatch.setattr(preflight, "forecasts_of", lambda *of, **more: asked.append(of) or foretold)
+
+    def check(budget, **more):
+        flags = {"name": "toy", "quantize.max_bytes": str(budget), "work_dir": str(tmp_path), **more}
+        check_model(base, resolve(flags, {}).config, llama_cpp)
+
+    with pytest.raises(ConfigError, match=rf"toy-Q2_K\.gguf smaller than {smallest:,} bytes, .*at least {smallest}$"):
+        check(smallest - 1, **{"gate.max_bytes": str(smallest), "quantize.fallback": "error"})
+    assert len(asked) == 1
+    check(smallest)
+
+
+def test_the_measured_model_is_the_one_that_was_loaded(toy_gpt2):
+    assert AutoModelForCausalLM.from_pretrained(toy_gpt2).config.tie_word_embeddings
