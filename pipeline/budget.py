@@ -1,14 +1,13 @@
 """Tensor types chosen under a limit of the file's size, by what each was measured to cost.
 
 A role (ffn_up, token_embd, …: the same matrix of every block) gets one type. The costs of the roles, each rounded
-alone, are added up to that of a mix, as in HAWQ-V3 (arXiv:2011.10680). They are those of llama-quantize's rounding:
-our encoder and finishing make good for a part of it afterwards.
+alone as it will be in the file, are added up to that of a mix, as in HAWQ-V3 (arXiv:2011.10680).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -107,6 +106,7 @@ def choose_types(
     sequences: Sequence[Sequence[int]],
     max_bytes: int,
     choice: Choice,
+    encode: Callable[[Path, str], object],
     *,
     keep_zeros: bool,
     tools: LlamaCpp,
@@ -114,13 +114,13 @@ def choose_types(
 ) -> tuple[Choice, Facts]:
     """`choice` with the types that cost least on `sequences` among all mixes whose file has at most `max_bytes`.
 
-    `model`, `f16` and `out` are as in `sensitivity`. `max_bytes` allows the smallest mix: see `least`.
+    `model`, `f16`, `encode` and `out` are as in `sensitivity`. `max_bytes` allows the smallest mix: see `least`.
     """
     forecast = foretell(GgufContents(f16), FILE_TYPE, tools, choice)
     roles = roles_of(forecast, keep_zeros=keep_zeros)
     measured = first_of([list(ids) for ids in sequences], MEASURED_TOKENS)
     tensors = {role: {kind: list(found.tensors) for kind in found.types} for role, found in roles.items()}
-    kl = sensitivity(model, f16, measured, tensors, choice, tools, out)
+    kl = sensitivity(model, f16, measured, tensors, choice, encode, tools, out)
     options = {
         role: {kind: Option(found.size_as(kind), kl[role][kind]) for kind in found.types}
         for role, found in roles.items()

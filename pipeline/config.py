@@ -136,6 +136,11 @@ class SparsityConfig(Section):
 
     method: str = Field("sparsegpt", description="sparsegpt, wanda, magnitude, random: a file in pipeline/sparsity/.")
     ratio: Annotated[float, Field(ge=0, lt=1)] = Field(0.5, description="Share of weights set to zero.")
+    refit: bool = Field(
+        True,
+        description="sparsegpt, wanda: fit the weights that stay to what the dense model computes (least squares). "
+        "false: the methods as published.",
+    )
     keep_zeros: bool = Field(
         False, description="Pruned weights are exactly zero in the GGUF too, at the quality cost that metrics.json has."
     )

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from pipeline import ledger, llama_cpp
-from pipeline.artifacts import Checkpoint, Evaluation, GgufFile, GgufSet, TokenDataset, sha256_of
+from pipeline import ledger, llama_cpp, long_context
+from pipeline.artifacts import Calibration, Checkpoint, Evaluation, GgufFile, GgufSet, TokenDataset, sha256_of
+from pipeline.calibrate import load_calibration
 from pipeline.config import EvaluateConfig, FourbitConfig
 from pipeline.fourbit import load_nf4, nf4_facts
 from pipeline.generations import Sample, describe
@@ -38,6 +39,7 @@ def evaluate(
     quantized: GgufSet,
     finished: GgufSet,
     tokens: TokenDataset,
+    calibration: Calibration,
     cfg: EvaluateConfig,
     fourbit: FourbitConfig,
     *,
@@ -64,10 +66,22 @@ def evaluate(
         if before.type != "F16":
             board.gguf_row("quantized", before, tools)
             board.gguf_row("finished", after, tools)
+    positions = AutoConfig.from_pretrained(base.path).max_position_embeddings
+    other_text = [ids for split in ("train", "validation") for ids in load_calibration(calibration, split)]
     result = {
         "ledger": [asdict(row) for row in board.rows],
         "nf4": nf4,
         "speed": {file.path.name: asdict(llama_cpp.bench(tools, file.path)) for file in finished.files},
+        "long_context": long_context.of_files(
+            tools,
+            [file.path for file in finished.files],
+            positions,
+            f16.facts["metadata"]["context_length"],
+            board.sequences,
+            other_text,
+            bootstrap=cfg.bootstrap,
+            seed=seed,
+        ),
         "generations": {file.path.name: write(file, tools, tokens, cfg, seed) for file in finished.files},
     }
     path = out / "evaluation.json"

@@ -23,7 +23,14 @@ from pipeline.distill import Group, Recipe, distill
 from pipeline.errors import CheckFailed
 from pipeline.gguf_file import GgufContents
 from pipeline.gguf_reader import TensorReader
-from pipeline.gguf_weights import load_weights, read_kquants, stored_parameters, write_kquants, write_vectors
+from pipeline.gguf_weights import (
+    load_weights,
+    read_kquants,
+    read_matrices,
+    stored_parameters,
+    write_kquants,
+    write_vectors,
+)
 from pipeline.grid import Grid, put_on_grid, take_off_grid
 from pipeline.kquants import KQuant
 from pipeline.matrices import block_matrices, ids_of_embeddings, weight_of
@@ -85,6 +92,8 @@ def finish_file(
     facts = finish_model(student, load(tuned, device), kquants, weights, kept, train, validation, recipe)
     write_vectors(student, path)
     write_kquants(student, path, facts.pop("kquants"))
+    if file.facts.get("keep_zeros"):
+        require_zeros(student, path, kept)
     log.info(
         "finish: %s, validation KL %.4f to %.4f nats a token",
         path.name,
@@ -138,6 +147,13 @@ def finish_model(
     return facts | {"kquants": trained, "codes_changed": codes_changed(kquants, trained)}
 
 
+def require_zeros(model: PreTrainedModel, path: Path, kept: Mapping[str, Tensor]) -> None:
+    """Raises `CheckFailed` when a weight that is not `kept` is something else than zero in `path`."""
+    for name, weight in read_matrices(model, path, list(kept)).items():
+        if lost := int((weight[~kept[name].cpu()] != 0).sum()):
+            raise CheckFailed(f"finishing gave {lost} pruned weights of {name} in {path.name} a value; this is a bug")
+
+
 def codes_changed(before: Mapping[str, KQuant], after: Mapping[str, KQuant]) -> float:
     """Share of all trained weights that have another code now."""
     changed = sum(int((before[name].codes.cpu() != after[name].codes.cpu()).sum()) for name in before)
@@ -150,9 +166,4 @@ def checked(before: GgufFile, path: Path, facts: Facts) -> GgufFile:
     size = path.stat().st_size
     if size != before.size_bytes or described["tensor_types"] != before.facts["tensor_types"]:
         raise CheckFailed(f"finishing changed the size or the types of {path.name}; this is a bug")
-    if before.facts.get("keep_zeros") and described["zeros"] < before.facts["zeros"]:
-        raise CheckFailed(
-            f"finishing left {described['zeros']:.4f} of the weights of {path.name} zero, {before.facts['zeros']:.4f} "
-            "were to be kept; this is a bug"
-        )
     return GgufFile(path, sha256_of(path), size, before.type, before.facts | described | {"finish": facts})

@@ -39,7 +39,7 @@ def load_weights(model: PreTrainedModel, path: Path) -> None:
 
 def read_weight(name: str, stored: ReaderTensor, config: PreTrainedConfig) -> Tensor:
     """The tensor of a parameter, dequantized, float32, shaped as transformers has it."""
-    values = np.ascontiguousarray(dequantize(stored.data, stored.tensor_type), dtype=np.float32)
+    values = np.array(dequantize(stored.data, stored.tensor_type), dtype=np.float32)
     rows = rows_as_trained(name, torch.from_numpy(values), config)
     return rows.T if is_transposed(name, config) else rows
 
@@ -61,7 +61,7 @@ def read_matrices(model: PreTrainedModel, path: Path, modules: Sequence[str]) ->
     tensors = {tensor.name: tensor for tensor in TensorReader(path).tensors}
     found = {}
     for module, name in matrix_names(model.config, modules).items():
-        values = np.ascontiguousarray(dequantize(tensors[name].data, tensors[name].tensor_type), dtype=np.float32)
+        values = np.array(dequantize(tensors[name].data, tensors[name].tensor_type), dtype=np.float32)
         found[module] = rows_as_trained(module, torch.from_numpy(values), model.config)
     return found
 

@@ -95,7 +95,7 @@ def run(resolved: Resolved) -> Outcome:
     )
     finished = stages.run(finish, quantized, final, tuned, calibration, cfg.finish, **where)
     models = (base, tuned, pruned, recovered, f16, quantized, finished)
-    evaluation = stages.run(evaluate, *models, tokens, cfg.evaluate, cfg.fourbit, tools=tools, **where)
+    evaluation = stages.run(evaluate, *models, tokens, calibration, cfg.evaluate, cfg.fourbit, tools=tools, **where)
 
     figures = gather(resolved, run_id, stages, corpus, tokens, finished, evaluation, tools.version)
     files = lay_out(cfg, run_id, figures, finished, final)
@@ -155,6 +155,7 @@ def gather(
             "nf4": found["nf4"],
             "ggufs": ggufs,
             "generations": found["generations"],
+            "long_context": found["long_context"],
             "gates": gates.check({**found, "ggufs": ggufs}, resolved.config.gate),
             "versions": metrics.versions(llama_cpp),
             "hardware": metrics.hardware(),

@@ -56,7 +56,7 @@ def quantize(
     """
     check_types(cfg.types, cfg.importance)
     contents = GgufContents(f16.path)
-    choice, budget = Choice(cfg.importance), Facts()
+    choice = Choice(cfg.importance)
     forecasts = {
         kind: least(foretell(contents, kind, tools, choice), f"{name}-{kind}.gguf", cfg.max_bytes) for kind in cfg.types
     }
@@ -66,11 +66,17 @@ def quantize(
     sequences = load_calibration(calibration, "train")
     if choice.importance:
         write_importance(load(model, device), sequences, out / IMATRIX)
+
+    def encode(path: Path, kind: str) -> Facts:
+        if cfg.encoder == "gptq" and kind != "F16":
+            return encode_file(load(model, device), sequences, path, keep_zeros)
+        return {"encoder": "llama.cpp", "encoded_tensors": 0}
+
     limited = [kind for kind in cfg.types if cfg.max_bytes and kind not in UNQUANTIZED]
     if limited:
-        held = load_calibration(calibration, "validation")
+        whole, held = load(model, device), load_calibration(calibration, "validation")
         choice, budget = choose_types(
-            f16.path, load(model, device), held, cfg.max_bytes, choice, keep_zeros=keep_zeros, tools=tools, out=out
+            f16.path, whole, held, cfg.max_bytes, choice, encode, keep_zeros=keep_zeros, tools=tools, out=out
         )
         forecasts = {kind: foretell(contents, kind, tools, choice) for kind in cfg.types}
         require_disk(sum(forecast.size_bytes for forecast in forecasts.values()), out)
@@ -78,12 +84,10 @@ def quantize(
     for kind, forecast in forecasts.items():
         path = out / f"{name}-{kind}.gguf"
         stock(f16, kind, choice, tools, path)
-        ours: Facts = {"encoder": "llama.cpp", "encoded_tensors": 0}
-        if cfg.encoder == "gptq" and kind != "F16":
-            ours = encode_file(load(model, device), sequences, path, keep_zeros)
+        ours = encode(path, kind) | {"importance": cfg.importance}
         if kind in limited:
             ours |= {"budget": budget}
-        files.append(described(path, kind, forecast, ours | {"importance": cfg.importance}))
+        files.append(described(path, kind, forecast, ours))
     return GgufSet(tuple(files))
 
 

@@ -1,14 +1,13 @@
-"""What each type of each role of tensors costs: how far predictions move when llama-quantize has rounded it alone."""
+"""What each type of each role of tensors costs: how far predictions move when that role alone is rounded to it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from gguf import GGUFReader
 from gguf.gguf_reader import ReaderTensor
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -19,7 +18,9 @@ from pipeline.collate import collate
 from pipeline.distill import outputs
 from pipeline.errors import CheckFailed
 from pipeline.forecast import Choice
+from pipeline.gguf_reader import TensorReader
 from pipeline.gguf_weights import read_weight, stored_parameters
+from pipeline.kquants import KTYPES
 from pipeline.llama_cpp import LlamaCpp
 from pipeline.progress import bar
 
@@ -38,14 +39,15 @@ def sensitivity(
     sequences: Sequences,
     roles: Mapping[str, Mapping[str, Sequence[str]]],
     choice: Choice,
+    encode: Callable[[Path, str], object],
     tools: LlamaCpp,
     out: Path,
 ) -> dict[str, dict[str, float]]:
     """KL in nats a token from `model` on `sequences`, for each role and each type it may get.
 
     `roles`: role to type to the tensors that get it. `model` is the checkpoint behind `f16`, and is left as it is.
-    `out` has the importance matrix of `choice`, and gets one measured file at a time. Raises `CheckFailed` for a KL
-    that is not finite.
+    `out` has the importance matrix of `choice`, and gets one measured file at a time: llama-quantize's, over which
+    `encode(path, type)` writes ours of the types that it knows. Raises `CheckFailed` for a KL that is not finite.
     """
     expected = list(predictions(model, sequences))
     found: dict[str, dict[str, float]] = {role: {} for role in roles}
@@ -55,16 +57,14 @@ def sensitivity(
         options = Choice(choice.importance, {tensor: kind for tensors in own.values() for tensor in tensors})
         path = out / FILE_NAME
         llama_cpp.quantize(tools, f16, path, FILE_TYPE, options.arguments())
-        stored = {tensor.name: (name, parameter, tensor) for name, parameter, tensor in stored_in(model, path)}
+        if kind in KTYPES:
+            encode(path, kind)
+        stored = {weight[2].name: weight for weight in stored_parameters(model, TensorReader(path))}
         for role, tensors in own.items():
             with rounded(model, [stored[tensor] for tensor in tensors]):
                 found[role][kind] = finite(divergence(expected, predictions(model, sequences)), role, kind)
         path.unlink()
     return found
-
-
-def stored_in(model: PreTrainedModel, path: Path) -> Iterator[Stored]:
-    return stored_parameters(model, GGUFReader(path))
 
 
 @contextmanager

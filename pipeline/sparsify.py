@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import zlib
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ from pipeline.config import SparsityConfig
 from pipeline.errors import CheckFailed, ConfigError
 from pipeline.masks import Target, global_masks
 from pipeline.matrices import block_matrices, weight_of
+from pipeline.refit import aligned, refit
 
 log = logging.getLogger(__name__)
 
@@ -94,18 +96,21 @@ def prune_model(model: PreTrainedModel, sequences: Sequence[Sequence[int]], cfg:
         for name, mask in global_masks(scores, cfg.ratio).items():
             weights[name].mul_(mask)
         return
-    for name, module, gram in matrices_with_grams(model, sequences, cfg.method):
+    for name, module, gram in matrices_with_grams(model, sequences, cfg):
         weight = weight_of(module)
-        weight.copy_(method.prune(weight.float(), gram, target, generator_of(name, seed)))
+        dense = aligned(weight.float(), gram) if gram else weight.float()
+        pruned = method.prune(dense, gram, target, generator_of(name, seed))
+        weight.copy_(refit(pruned, dense, gram) if gram and cfg.refit else pruned)
 
 
 def matrices_with_grams(
-    model: PreTrainedModel, sequences: Sequence[Sequence[int]], method: str
+    model: PreTrainedModel, sequences: Sequence[Sequence[int]], cfg: SparsityConfig
 ) -> Iterator[tuple[str, nn.Module, Gram | None]]:
-    if method in sparsity.NEED_NO_TEXT:
+    if cfg.method in sparsity.NEED_NO_TEXT:
         yield from ((name, module, None) for name, module in block_matrices(model).items())
         return
-    for block in walk(model, sequences, f"sparsify {method}"):
+    reference = copy.deepcopy(model) if cfg.refit else None
+    for block in walk(model, sequences, f"sparsify {cfg.method}", reference):
         yield from ((name, module, gram) for name, (module, gram) in block.items() if name != HEAD)
 
 

@@ -11,7 +11,12 @@ from pipeline.settings import resolve
 
 STEPS = ("sparsify", "recover", "quantize", "finish")
 FIGURES = ("perplexity", "ppl_ratio", "kl_mean", "same_top", "size_bytes", "zeros", "tokens")
-STOCK = {"recover.steps": "0", "finish.steps": "0", "quantize.encoder": "llama.cpp"}
+STOCK = {
+    "sparsity.refit": "false",
+    "recover.steps": "0",
+    "finish.steps": "0",
+    "quantize.encoder": "llama.cpp",
+}
 NO_IMPORTANCE = {**STOCK, "quantize.importance": "false"}
 
 # What a way is called, and its settings where they differ from the defaults.

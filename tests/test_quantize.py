@@ -135,7 +135,10 @@ def test_an_extended_table_stays_f16_in_a_quantized_file_of_the_size_foretold(to
         assert file.size_bytes == foreseen[file.type].size_bytes
         assert foreseen[file.type].types["position_embd.weight"] == "F16"
         assert file.facts["matrix_types"]["position_embd"] == {"F16": 1}
-    assert foreseen["F16"].size_bytes == forecasts_of(toy_gpt2, ["F16"], llama_cpp, name="toy", importance=True)["F16"].size_bytes
+    assert (
+        foreseen["F16"].size_bytes
+        == forecasts_of(toy_gpt2, ["F16"], llama_cpp, name="toy", importance=True)["F16"].size_bytes
+    )
 
 
 @pytest.mark.parametrize(

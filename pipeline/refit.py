@@ -1,0 +1,59 @@
+"""The best values of the weights that pruning left, for what the dense matrix made of its own inputs.
+
+SparseGPT only ever corrects the columns to its right; with the mask known, all that stay can be fitted at once: least
+squares for each row, as in Boža (arXiv:2401.02938), here by conjugate gradients.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pipeline.activations import Gram
+from pipeline.hessian import DAMPING
+
+STEPS = 20  # of conjugate gradients: more change nothing in the first four digits of the output error
+
+
+def aligned(dense: Tensor, gram: Gram) -> Tensor:
+    """(out, in): the matrix that makes of the inputs in `gram` what `dense` made of the reference's.
+
+    Least squares, damped towards `dense`: D (C + λI) (H + λI)⁻¹. It makes up for what pruning has done to the inputs
+    in the blocks before (GPTAQ, arXiv:2504.02692).
+    """
+    if gram.cross is None:
+        return dense
+    damping = damping_of(gram)
+    factor = torch.linalg.cholesky((gram.mean + damping).double())
+    return torch.cholesky_solve((dense @ (gram.cross / gram.tokens + damping)).double().T, factor).T.float()
+
+
+def damping_of(gram: Gram) -> Tensor:
+    """λI, (in, in): a share of the mean second moment of the inputs that fire, as in `hessian.inverse_factor`."""
+    diagonal = gram.mean.diagonal()
+    mean = diagonal[diagonal > 0].mean() if (diagonal > 0).any() else diagonal.new_ones(())
+    return torch.eye(len(diagonal), device=diagonal.device) * (DAMPING * mean)
+
+
+def refit(pruned: Tensor, dense: Tensor, gram: Gram, steps: int = STEPS) -> Tensor:
+    """(out, in): `pruned` with its zeros, the other weights such that its outputs are nearest to those of `dense`.
+
+    Minimizes tr((W - D) H (W - D)ᵀ), H the damped mean of x xᵀ, over the weights that are not zero.
+    """
+    hessian = gram.mean + damping_of(gram)
+    scale = hessian.diagonal()  # Jacobi's preconditioner
+    tiny = torch.finfo(torch.float32).tiny
+    mask = pruned != 0
+    fitted = pruned.clone()
+    residual = (dense - pruned) @ hessian * mask
+    direction = residual / scale
+    size = (residual * direction).sum(1, keepdim=True)
+    for _ in range(steps):
+        image = direction @ hessian * mask
+        length = size / (direction * image).sum(1, keepdim=True).clamp(min=tiny)
+        fitted += length * direction
+        residual -= length * image
+        rescaled = residual / scale
+        before, size = size, (residual * rescaled).sum(1, keepdim=True)
+        direction = rescaled + size / before.clamp(min=tiny) * direction
+    return fitted

@@ -1,0 +1,78 @@
+import torch
+
+from pipeline.activations import Gram
+from pipeline.hessian import DAMPING
+from pipeline.masks import Target
+from pipeline.refit import aligned, damping_of, refit
+from pipeline.sparsity import sparsegpt
+
+
+def inputs(tokens=400, width=24, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(tokens, width, generator=generator) @ torch.randn(width, width, generator=generator)
+
+
+def gram_of(x, reference=None):
+    return Gram(x.T @ x, len(x), None if reference is None else reference.T @ x)
+
+
+def matrix(rows=10, width=24, seed=1):
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
+
+
+def damped(gram):
+    return gram.mean + damping_of(gram)
+
+
+def test_every_row_gets_the_least_squares_of_the_weights_that_stay():
+    dense, gram = matrix(), gram_of(inputs())
+    pruned = sparsegpt.prune(dense, gram, Target(0.5))
+    fitted = refit(pruned, dense, gram, steps=100)
+    hessian = damped(gram).double()
+    for row, mask, found in zip(dense, pruned != 0, fitted, strict=True):
+        exact = torch.linalg.solve(hessian[mask][:, mask], hessian[mask] @ row.double())
+        assert torch.allclose(found[mask].double(), exact, atol=1e-4)
+    assert torch.equal(fitted == 0, pruned == 0)
+
+
+def test_the_output_error_falls_below_sparsegpts():
+    dense, x = matrix(), inputs()
+    gram = gram_of(x)
+    pruned = sparsegpt.prune(dense, gram, Target(0.5))
+    errors = [((weight - dense) @ x.T).square().sum() for weight in (refit(pruned, dense, gram), pruned)]
+    assert errors[0] < 0.95 * errors[1]
+
+
+def test_what_was_not_pruned_stays_as_it_was():
+    dense = matrix()
+    assert torch.allclose(refit(dense.clone(), dense, gram_of(inputs())), dense)
+
+
+def test_inputs_that_never_fire_give_no_nan():
+    x = inputs()
+    x[:, :5] = 0
+    gram = gram_of(x)
+    dense = matrix()
+    assert torch.isfinite(refit(sparsegpt.prune(dense, gram, Target(0.5)), dense, gram)).all()
+    assert torch.isfinite(aligned(dense, gram_of(x, x))).all()
+
+
+def test_the_same_inputs_leave_the_matrix_as_it_is():
+    x, dense = inputs(), matrix()
+    assert torch.allclose(aligned(dense, gram_of(x, x)), dense, atol=1e-4)
+    assert aligned(dense, gram_of(x)) is dense
+
+
+def test_changed_inputs_are_made_up_for():
+    """The blocks before have mixed the inputs by a matrix; unmixing it is what least squares finds."""
+    x, dense = inputs(), matrix()
+    mixed = x @ (torch.eye(24) + 0.1 * matrix(24, 24, seed=3))
+    found = aligned(dense, gram_of(mixed, x))
+    error = ((mixed @ found.T - x @ dense.T) ** 2).mean()
+    assert error < 0.01 * ((mixed @ dense.T - x @ dense.T) ** 2).mean()
+
+
+def test_damping_holds_the_matrix_where_there_is_hardly_any_text():
+    x, dense = inputs(tokens=2), matrix()
+    assert torch.allclose(aligned(dense, gram_of(x, x)), dense, atol=1e-3)
+    assert damping_of(gram_of(x))[0, 0] == DAMPING * gram_of(x).mean.diagonal().mean()
