@@ -31,7 +31,6 @@ class Gram:
 
     total: Tensor  # (in, in) float32, the sum of x xᵀ
     tokens: int
-    cross: Tensor | None = None  # (in, in), the sum of y xᵀ, y what the reference model has in place of x
 
     @property
     def mean(self) -> Tensor:
@@ -54,21 +53,19 @@ class Batch:
 
 
 def walk(
-    model: PreTrainedModel, sequences: Sequence[Sequence[int]], what: str, reference: PreTrainedModel | None = None
+    model: PreTrainedModel, sequences: Sequence[Sequence[int]], what: str
 ) -> Iterator[dict[str, tuple[nn.Module, Gram]]]:
     """For each block in order, its matrices by name, each with the Gram matrix of its inputs.
 
-    What the consumer does to the weights before it asks for the next block is what the next block sees. `reference`,
-    of the same shape, runs beside it unchanged, for `Gram.cross`. Raises `CheckFailed` for inputs that are not finite.
+    What the consumer does to the weights before it asks for the next block is what the next block sees.
+    Raises `CheckFailed` for inputs that are not finite.
     """
     batches = first_inputs(model, sequences)
-    references = first_inputs(reference, sequences) if reference else []
-    whole = find_blocks(reference)[1] if reference else nn.ModuleList()
     prefix, blocks = find_blocks(model)
     matrices = block_matrices(model)
     for number, block in enumerate(bar(blocks, what, len(blocks))):
         own = {name: module for name, module in matrices.items() if name.startswith(f"{prefix}.{number}.")}
-        grams = grams_of(block, own, batches, whole[number] if reference else None, references)
+        grams = grams_of(block, own, batches)
         yield {name: (module, grams[name]) for name, module in own.items()}
         for batch in batches:
             batch.hidden = run(block, batch)
@@ -177,21 +174,9 @@ def fast_arithmetic(device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, torch.bfloat16, enabled=arithmetic_of("auto", device.type).name == "bf16")
 
 
-def grams_of(
-    block: nn.Module,
-    matrices: dict[str, nn.Module],
-    batches: Sequence[Batch],
-    whole: nn.Module | None,
-    references: Sequence[Batch],
-) -> dict[str, Gram]:
-    """The Gram matrix of each matrix's inputs. Matrices that share their input share the sum.
-
-    `whole` is the same block of the reference model; its batches go on to what it makes of them.
-    """
+def grams_of(block: nn.Module, matrices: dict[str, nn.Module], batches: Sequence[Batch]) -> dict[str, Gram]:
+    """The Gram matrix of each matrix's inputs. Matrices that share their input share the sum."""
     sums: dict[str, Tensor] = {}
-    crosses: dict[str, Tensor] = {}
-    theirs: dict[str, Tensor] = {}
-    twins = twins_of(block, whole, matrices) if whole else {}
     shared: dict[str, str] = {}  # name to the first matrix with the same input
     seen: list[tuple[Tensor, str]] = []
     kept = torch.zeros(0)
@@ -205,27 +190,15 @@ def grams_of(
         rows = x[kept].float()
         with torch.autocast(x.device.type, enabled=False):  # the block's own: with it the sums would be in bf16 too
             sums[name] = sums.get(name, torch.zeros((), device=x.device)) + rows.T @ rows
-            if whole:
-                other = theirs[name][kept].float()
-                crosses[name] = crosses.get(name, torch.zeros((), device=x.device)) + other.T @ rows
 
     tokens = 0
-    with hooks(matrices, add), hooks(twins, theirs.__setitem__):
-        for number, batch in enumerate(batches):
+    with hooks(matrices, add):
+        for batch in batches:
             seen.clear()
             kept = batch.kept
             tokens += int(kept.sum())
-            if whole:
-                references[number].hidden = run(whole, references[number])
             run(block, batch)
-    of = {name: shared.get(name, name) for name in matrices}
-    return {name: finite(name, Gram(sums[of[name]], tokens, crosses.get(of[name]))) for name in matrices}
-
-
-def twins_of(block: nn.Module, whole: nn.Module, matrices: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """The modules of `whole` that stand where `matrices` stand in `block`, by the same names."""
-    places = {id(module): place for place, module in block.named_modules()}
-    return {name: whole.get_submodule(places[id(module)]) for name, module in matrices.items()}
+    return {name: finite(name, Gram(sums[shared.get(name, name)], tokens)) for name in matrices}
 
 
 def finite(name: str, gram: Gram) -> Gram:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedModel
 
-from pipeline.artifacts import Facts
+from pipeline.artifacts import Facts, GgufFile
 from pipeline.calibrate import first_of
 from pipeline.errors import ConfigError
 from pipeline.forecast import Choice, Forecast, foretell, stored_bytes
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")  # from the smallest
 NARROW_TYPES = ("Q4_0", "Q5_0", "Q8_0")  # for rows that are no multiple of 256
-ZEROS_LOST = ("Q4_K", "Q5_K")  # as in Q2_K zero is on their grid by accident only, but our encoder has no grid for them
+ZEROS_LOST = ("Q4_K", "Q5_K")  # zero is on their grid by accident only; on Q2_K's, too, but there our encoder puts it
 UNQUANTIZED = ("F32", "F16", "BF16")
 MEASURED_TOKENS = 2000
 
@@ -101,7 +101,7 @@ def types_for(tensors: Mapping[str, Sequence[int]], keep_zeros: bool) -> tuple[s
 
 
 def choose_types(
-    f16: Path,
+    f16: GgufFile,
     model: PreTrainedModel,
     sequences: Sequence[Sequence[int]],
     max_bytes: int,
@@ -116,11 +116,11 @@ def choose_types(
 
     `model`, `f16`, `encode` and `out` are as in `sensitivity`. `max_bytes` allows the smallest mix: see `least`.
     """
-    forecast = foretell(GgufContents(f16), FILE_TYPE, tools, choice)
+    forecast = foretell(GgufContents(f16.path), FILE_TYPE, tools, choice)
     roles = roles_of(forecast, keep_zeros=keep_zeros)
     measured = first_of([list(ids) for ids in sequences], MEASURED_TOKENS)
     tensors = {role: {kind: list(found.tensors) for kind in found.types} for role, found in roles.items()}
-    kl = sensitivity(model, f16, measured, tensors, choice, encode, tools, out)
+    kl = sensitivity(model, f16.path, measured, tensors, choice, encode, tools, out)
     options = {
         role: {kind: Option(found.size_as(kind), kl[role][kind]) for kind in found.types}
         for role, found in roles.items()

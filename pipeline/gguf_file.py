@@ -66,8 +66,19 @@ class GgufContents:
             "matrix_types": self.matrix_types(),
             "matrices": len(self.matrices),
             "zeros": sum(by_tensor.values()) / weights,
+            "zeros_by_type": self.zeros_by_type(by_tensor),
             "zeros_by_tensor": {name: n / int(self.tensors[name].n_elements) for name, n in by_tensor.items()},
         }
+
+    def zeros_by_type(self, by_tensor: dict[str, int]) -> dict[str, float]:
+        """Share of zeros of all block matrices of a type."""
+        zeros: Counter[str] = Counter()
+        weights: Counter[str] = Counter()
+        for name, count in by_tensor.items():
+            kind = self.tensors[name].tensor_type.name
+            zeros[kind] += count
+            weights[kind] += int(self.tensors[name].n_elements)
+        return {kind: zeros[kind] / weights[kind] for kind in sorted(weights)}
 
     def matrix_types(self) -> dict[str, dict[str, int]]:
         """Role (ffn_up, token_embd, …) to how many tensors of each type it has; vectors are left out."""

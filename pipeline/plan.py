@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pipeline import base_model
 from pipeline.artifacts import Checkpoint, Corpus, TokenDataset
 from pipeline.base_model import obtain
+from pipeline.budget import roles_of
 from pipeline.config import JobConfig
 from pipeline.device import Device, Precision, choose_precision
 from pipeline.fetch import content_hash, fetch, resolve
@@ -28,6 +29,7 @@ class Plan:
     steps: int
     examples_a_step: int
     outputs: dict[str, Forecast]  # by file name
+    budgets: dict[str, int]  # bytes, by name of the files whose types will be chosen
     disk_bytes: int
     free_bytes: int
 
@@ -55,6 +57,11 @@ def plan(resolved: Resolved) -> Plan:
         steps=optimizer_steps(tokens.facts["splits"]["train"]["quotes"], cfg.train),
         examples_a_step=cfg.train.batch_size * cfg.train.accumulation,
         outputs={f"{cfg.name}-{kind}.gguf": forecasts[kind] for kind in cfg.quantize.types},
+        budgets={
+            f"{cfg.name}-{kind}.gguf": cfg.quantize.max_bytes
+            for kind in cfg.quantize.types
+            if cfg.quantize.max_bytes and roles_of(forecasts[kind])
+        },
         disk_bytes=disk_needed(base, forecasts, cfg),
         free_bytes=shutil.disk_usage(cfg.work_dir).free,
     )
@@ -64,4 +71,5 @@ def disk_needed(base: Checkpoint, files: dict[str, Forecast], cfg: JobConfig) ->
     """Bytes: the model as base, tuned and sparse checkpoint, saved epochs, and the GGUF files."""
     checkpoint = sum(path.stat().st_size for path in base.path.glob("*.safetensors"))
     saved_epochs = 2 if cfg.train.select_best or cfg.train.early_stopping else 0
-    return (3 + saved_epochs) * checkpoint + sum(file.size_bytes for file in files.values())
+    sizes = (max(file.size_bytes, cfg.quantize.max_bytes) for file in files.values())
+    return (3 + saved_epochs) * checkpoint + sum(sizes)

@@ -74,9 +74,9 @@ def quantize(
 
     limited = [kind for kind in cfg.types if cfg.max_bytes and kind not in UNQUANTIZED]
     if limited:
-        whole, held = load(model, device), load_calibration(calibration, "validation")
+        held = load_calibration(calibration, "validation")
         choice, budget = choose_types(
-            f16.path, whole, held, cfg.max_bytes, choice, encode, keep_zeros=keep_zeros, tools=tools, out=out
+            f16, load(model, device), held, cfg.max_bytes, choice, encode, keep_zeros=keep_zeros, tools=tools, out=out
         )
         forecasts = {kind: foretell(contents, kind, tools, choice) for kind in cfg.types}
         require_disk(sum(forecast.size_bytes for forecast in forecasts.values()), out)

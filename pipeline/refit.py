@@ -1,4 +1,4 @@
-"""The best values of the weights that pruning left, for what the dense matrix made of its own inputs.
+"""The best values of the weights that pruning left, for what the dense matrix makes of their inputs.
 
 SparseGPT only ever corrects the columns to its right; with the mask known, all that stay can be fitted at once: least
 squares for each row, as in Boža (arXiv:2401.02938), here by conjugate gradients.
@@ -13,19 +13,6 @@ from pipeline.activations import Gram
 from pipeline.hessian import DAMPING
 
 STEPS = 20  # of conjugate gradients: more change nothing in the first four digits of the output error
-
-
-def aligned(dense: Tensor, gram: Gram) -> Tensor:
-    """(out, in): the matrix that makes of the inputs in `gram` what `dense` made of the reference's.
-
-    Least squares, damped towards `dense`: D (C + λI) (H + λI)⁻¹. It makes up for what pruning has done to the inputs
-    in the blocks before (GPTAQ, arXiv:2504.02692).
-    """
-    if gram.cross is None:
-        return dense
-    damping = damping_of(gram)
-    factor = torch.linalg.cholesky((gram.mean + damping).double())
-    return torch.cholesky_solve((dense @ (gram.cross / gram.tokens + damping)).double().T, factor).T.float()
 
 
 def damping_of(gram: Gram) -> Tensor:

@@ -141,8 +141,11 @@ def show(value: Any) -> str:
     return text or '""'
 
 
-def other_types(file: Forecast) -> str:
-    return f", {len(file.fallbacks)} tensors in another type than asked for" if file.fallbacks else ""
+def output_size(file: Forecast, budget: int | None) -> str:
+    if budget:
+        return f"at most {size(budget)}; its types will be chosen by what each costs"
+    others = f", {len(file.fallbacks)} tensors in another type than asked for" if file.fallbacks else ""
+    return size(file.size_bytes) + others
 
 
 def of_plan(plan: Plan) -> str:
@@ -158,7 +161,7 @@ def of_plan(plan: Plan) -> str:
     facts = [
         f"device: {plan.device.name} ({plan.device.why}); precision: {plan.precision.name} ({plan.precision.why})",
         f"training: {plan.steps} optimizer steps of {plan.examples_a_step} examples",
-        *(f"output: {name}, {size(file.size_bytes)}{other_types(file)}" for name, file in plan.outputs.items()),
+        *(f"output: {name}, {output_size(file, plan.budgets.get(name))}" for name, file in plan.outputs.items()),
         f"disk needed under work_dir: about {size(plan.disk_bytes)}; free: {size(plan.free_bytes)}",
     ]
     tables = [table(headings, sources), table(("split", "quotes", "tokens", "truncated"), splits)]

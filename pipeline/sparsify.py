@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import zlib
 from collections.abc import Iterator, Sequence
@@ -20,7 +19,7 @@ from pipeline.config import SparsityConfig
 from pipeline.errors import CheckFailed, ConfigError
 from pipeline.masks import Target, global_masks
 from pipeline.matrices import block_matrices, weight_of
-from pipeline.refit import aligned, refit
+from pipeline.refit import refit
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +97,7 @@ def prune_model(model: PreTrainedModel, sequences: Sequence[Sequence[int]], cfg:
         return
     for name, module, gram in matrices_with_grams(model, sequences, cfg):
         weight = weight_of(module)
-        dense = aligned(weight.float(), gram) if gram else weight.float()
+        dense = weight.float()
         pruned = method.prune(dense, gram, target, generator_of(name, seed))
         weight.copy_(refit(pruned, dense, gram) if gram and cfg.refit else pruned)
 
@@ -109,8 +108,7 @@ def matrices_with_grams(
     if cfg.method in sparsity.NEED_NO_TEXT:
         yield from ((name, module, None) for name, module in block_matrices(model).items())
         return
-    reference = copy.deepcopy(model) if cfg.refit else None
-    for block in walk(model, sequences, f"sparsify {cfg.method}", reference):
+    for block in walk(model, sequences, f"sparsify {cfg.method}"):
         yield from ((name, module, gram) for name, (module, gram) in block.items() if name != HEAD)
 
 

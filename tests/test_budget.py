@@ -15,6 +15,7 @@ from pipeline.gguf_file import GgufContents
 from pipeline.kquants import KTYPES
 from pipeline.preflight import check_model
 from pipeline.quantize import quantize
+from pipeline.report import output_size
 from pipeline.settings import resolve
 from scripts.make_random_gpt2 import make
 from tests.calibrated import calibration_in
@@ -110,6 +111,12 @@ def test_a_fallback_that_no_chosen_type_leaves_is_not_held_against_a_budget():
     fallbacks = tuple(Fallback(name, 96, 256, "Q2_K", "Q4_0") for name in ("blk.0.ffn_up.weight", "other.weight"))
     found = Forecast(9000, {"blk.0.ffn_up.weight": "Q4_0"}, fallbacks, {"blk.0.ffn_up.weight": (96, 64)})
     assert [fallback.tensor for fallback in smallest_of(found).fallbacks] == ["other.weight"]
+
+
+def test_a_plan_gives_the_budget_as_the_size_of_a_file_whose_types_are_still_to_be_chosen():
+    whole = forecast(token_embd="Q6_K", ffn_up="Q2_K")
+    assert output_size(whole, None) == "100.0 kB"
+    assert output_size(whole, 60_000).startswith("at most 60.0 kB")
 
 
 def f16_of(checkpoint, tools, folder):

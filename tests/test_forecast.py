@@ -22,7 +22,6 @@ from pipeline.forecast import (
 )
 from pipeline.gguf_file import GgufContents
 from pipeline.quant_types import QUANT_TYPES
-from scripts.make_random_gpt2 import make
 
 FALLBACK = Fallback("blk.0.ffn_up.weight", 576, 256, "Q2_K", "Q4_0")
 
@@ -91,14 +90,6 @@ def test_a_type_for_one_tensor_is_not_given_to_those_whose_names_begin_with_its_
     choice = Choice(False, {"blk.1.attn_output.weight": "Q8_0"})
     types = foretell(f16, "Q2_K", llama_cpp, choice).types
     assert [name for name, kind in types.items() if kind == "Q8_0"] == ["blk.1.attn_output.weight"]
-
-
-def test_rows_that_do_not_divide_are_foretold_by_name(gpt2_vocab, llama_cpp, tmp_path):
-    narrow = make(tmp_path / "model", gpt2_vocab, layers=1, width=96, heads=4)
-    forecast = forecasts_of(narrow, ["Q2_K"], llama_cpp, name="x", importance=False)["Q2_K"]
-    assert Fallback("blk.0.ffn_up.weight", 96, 256, "Q2_K", "Q4_0") in forecast.fallbacks
-    for fallback in forecast.fallbacks:
-        assert forecast.types[fallback.tensor] == fallback.got and fallback.row % fallback.block
 
 
 @pytest.mark.parametrize("kept", [0, 5])

@@ -40,6 +40,7 @@ def test_bits_zeros_and_types_are_those_of_the_bytes(tmp_path):
     )
     facts = GgufContents(path).describe()
     assert facts["zeros_by_tensor"] == {"blk.0.ffn_up.weight": 0.5, "blk.0.ffn_down.weight": 0.0}
+    assert facts["zeros_by_type"] == {"F16": 0.0, "Q8_0": 0.5}
     assert facts["zeros"] == 0.25  # neither the embedding nor the norm counts
     assert facts["tensor_types"] == {"F16": 2, "Q8_0": 1, "F32": 1}
     assert facts["matrix_types"] == {"token_embd": {"F16": 1}, "ffn_up": {"Q8_0": 1}, "ffn_down": {"F16": 1}}

@@ -5,11 +5,12 @@ import pytest
 from pydantic import ValidationError
 
 from pipeline import metrics
-from pipeline.metrics import GateResult, LedgerRow
+from pipeline.metrics import GateResult, LedgerRow, LongContextRow
 
 ROW = {
     "stage": "tuned",
     "file": None,
+    "type": None,
     "engine": "torch float32, cpu",
     "quotes": 20,
     "tokens": 400,
@@ -46,6 +47,13 @@ def test_a_missing_number_without_a_reason_is_refused(broken):
 def test_a_size_at_a_gate_stays_a_whole_number():
     row = {"gate": "max_bytes", "file": "a.gguf", "found": 70_700_000, "limit": 80_000_000, "passed": True}
     assert GateResult.model_validate(row).model_dump_json() == json.dumps(row, separators=(",", ":"))
+
+
+def test_a_context_that_was_not_measured_says_why():
+    row = {"context": 2048, "quotes": 3, "tokens": 40, "perplexity": {"value": None, "reason": "too little text"}}
+    assert LongContextRow.model_validate({**row, "ratio": row["perplexity"]}).ratio.reason == "too little text"
+    with pytest.raises(ValidationError):
+        LongContextRow.model_validate({**row, "ratio": None})
 
 
 def test_an_absent_number_is_refused():

@@ -14,8 +14,9 @@ def model_card(metrics, name, files):
 
 
 ROW = {
-    "stage": "Q2_K",
+    "stage": "finished",
     "file": "voice-Q2_K.gguf",
+    "type": "Q2_K",
     "engine": "llama.cpp",
     "quotes": 20,
     "tokens": 412,
@@ -80,7 +81,7 @@ def test_the_card_gives_the_exact_commands() -> None:
 
 def test_the_ledger_shows_every_figure_with_its_interval() -> None:
     card = model_card(METRICS, "voice", FILES)
-    row = "| voice-Q2_K.gguf | 61.23 (45 to 83) | 1.457 | ×1.25 (1.2 to 1.3) | 71.2% | 70.7 | 4.43 |"
+    row = "| voice-Q2_K.gguf, finished | 61.23 (45 to 83) | 1.457 | ×1.25 (1.2 to 1.3) | 71.2% | 70.7 | 4.43 |"
     assert row in card
     assert "20 held-out quotes (412 tokens)" in card
 

@@ -4,10 +4,11 @@ from pipeline import report
 from pipeline.settings import as_table, resolve
 
 
-def ledger_row(stage, zeros):
+def ledger_row(stage, zeros, kind=None):
     interval = {"value": 30.0, "low": 25.0, "high": 36.0}
     return {
         "stage": stage,
+        "type": kind,
         "quotes": 20,
         "tokens": 400,
         "perplexity": interval,
@@ -19,8 +20,20 @@ def ledger_row(stage, zeros):
 
 
 METRICS = {
-    "stages": [{"name": "finetune", "seconds": 12.3}, {"name": "quantize", "seconds": 4.5}],
-    "ledger": [ledger_row("tuned", 0.0), ledger_row("nf4", {"value": None, "reason": "-"}), ledger_row("Q2_K", 0.01)],
+    "stages": [
+        *({"name": name, "seconds": seconds} for name, seconds in (("finetune", 12.3), ("sparsify", 1.5))),
+        *({"name": name, "seconds": seconds} for name, seconds in (("recover", 20.5), ("export", 0.5))),
+        *({"name": name, "seconds": seconds} for name, seconds in (("quantize", 4.5), ("finish", 30.5))),
+    ],
+    "ledger": [
+        ledger_row("tuned", 0.0),
+        ledger_row("nf4", {"value": None, "reason": "-"}),
+        ledger_row("pruned", 0.5),
+        ledger_row("recovered", 0.5),
+        ledger_row("F16", 0.5, "F16"),
+        ledger_row("quantized", 0.01, "Q2_K"),
+        ledger_row("finished", 0.02, "Q2_K"),
+    ],
     "ggufs": [{"name": "voice-Q2_K.gguf"}],
     "generations": {
         "voice-Q2_K.gguf": {
@@ -44,10 +57,19 @@ def outcome(now, latest=True, **more):
 
 def test_the_run_ends_with_the_ledger_three_quotes_and_where_the_files_lie():
     text = report.of_run(outcome(True))
-    row = next(line for line in text.splitlines() if line.startswith("Q2_K"))
+    row = next(line for line in text.splitlines() if line.startswith("quantized Q2_K"))
     assert [part in row for part in ("4.5", "30.0 (25.0 to 36.0)", "70.7 MB", "4.43", "0.010")] == [True] * 5
     assert [line.strip() for line in text.splitlines() if "“" in line] == ["“I said 1”", "“My said 1”", "“The said 1”"]
     assert "published: out/runs/abc123" in text and "out/voice-Q2_K.gguf" in text
+
+
+def test_each_step_of_compression_has_its_row_with_the_time_that_it_took():
+    lines = report.of_run(outcome(True)).splitlines()
+    starts = {"tuned": "12.3", "nf4": "-", "pruned": "1.5", "recovered": "20.5", "F16": "0.5"}
+    starts |= {"quantized Q2_K": "4.5", "finished Q2_K": "30.5"}
+    first = next(i for i, line in enumerate(lines) if line.startswith("tuned"))
+    for line, (name, seconds) in zip(lines[first : first + len(starts)], starts.items(), strict=True):
+        assert line.startswith(f"{name}  ") and line.removeprefix(name).split()[0] == seconds
 
 
 def test_a_release_that_was_there_is_not_called_published_now():

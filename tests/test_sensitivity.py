@@ -90,7 +90,6 @@ def test_a_llamas_interleaved_rows_and_its_own_head_are_measured_in_their_places
     tensors = {"attn_q": ["blk.0.attn_q.weight", "blk.1.attn_q.weight"], "output": ["output.weight"]}
     roles = {role: dict.fromkeys(("Q2_K", "Q8_0"), tuple(names)) for role, names in tensors.items()}
     found = sensitivity(model, f16, SEQUENCES, roles, Choice(False), as_it_is, llama_cpp, tmp_path)
-    print(found)
     for role in roles:
         assert 0 <= found[role]["Q8_0"] < found[role]["Q2_K"] / 10
 
