@@ -339,6 +339,11 @@ class JobConfig(Section):
             raise ValueError(
                 "train.scheduler constant has no warm-up, but train.warmup_ratio is set; use constant_with_warmup"
             )
+        if self.sparsity.keep_zeros and self.quantize.encoder != "gptq":
+            raise ValueError(
+                "sparsity.keep_zeros needs our encoder, because llama-quantize gives Q2_K tensors a grid without zero; "
+                "set quantize.encoder to gptq"
+            )
         if self.device == "cpu" and self.train.precision == "fp16":
             raise ValueError("train.precision fp16 needs a GPU, but device is cpu; use fp32 or bf16")
         return self

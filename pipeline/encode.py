@@ -11,9 +11,10 @@ from transformers import PreTrainedModel
 from pipeline.activations import HEAD, Gram, walk
 from pipeline.gptq import encode
 from pipeline.grid import padded, whole_blocks
-from pipeline.hessian import inverse_factor
-from pipeline.kquants import KQuant
+from pipeline.hessian import damped, inverse_factor
+from pipeline.kquants import KTYPES, KQuant
 from pipeline.matrices import weight_of
+from pipeline.polish import polish
 
 
 def encode_model(
@@ -45,11 +46,22 @@ def encode_module(module: nn.Module, gram: Gram, kind: str, *, pruned: bool, kee
     weight = weight_of(module)
     columns = weight.shape[1]
     wide = padded(weight.float(), whole_blocks(columns))
-    kept = wide != 0 if pruned else None
-    factor = inverse_factor(Gram(square(gram.total, wide.shape[1]), gram.tokens))
+    wide_gram = Gram(square(gram.total, wide.shape[1]), gram.tokens)
+    kept = kept_at_zero(wide, kind, keep_zeros) if pruned else None
+    factor = inverse_factor(wide_gram)
     quantized = encode(wide, factor, kind, kept=kept, keep_zeros=keep_zeros and pruned)
+    frozen = None if kept is None else ~kept
+    quantized = polish(quantized, wide, damped(wide_gram), frozen)
     weight.copy_(quantized.dequantize()[:, :columns])
     return quantized
+
+
+def kept_at_zero(weight: Tensor, kind: str, keep_zeros: bool) -> Tensor | None:
+    """Which weights (R, C) were not pruned, where the pruned ones have to be zero in the file too.
+
+    None for a type whose grid has no zero, unless one was asked for: there they are better where they cost least.
+    """
+    return weight != 0 if keep_zeros or not KTYPES[kind].max_min else None
 
 
 def square(gram: Tensor, size: int) -> Tensor:

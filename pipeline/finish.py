@@ -20,6 +20,7 @@ from pipeline.calibrate import load_calibration
 from pipeline.config import FinishConfig
 from pipeline.device import arithmetic_of
 from pipeline.distill import Group, Recipe, distill
+from pipeline.encode import kept_at_zero
 from pipeline.errors import CheckFailed
 from pipeline.gguf_file import GgufContents
 from pipeline.gguf_reader import TensorReader
@@ -82,13 +83,12 @@ def finish_file(
     train, validation = (load_calibration(calibration, split) for split in ("train", "validation"))
     precision = arithmetic_of(cfg.precision, device).name
     recipe = Recipe(cfg.steps, cfg.batch_tokens, cfg.learning_rate, cfg.patience, precision, seed)
-    whole = load(recovered, device)
-    kept = {name: weight_of(module) != 0 for name, module in block_matrices(whole).items()}
-    weights = {name: weight_of(module) for name, module in block_matrices(whole).items()}
+    weights = {name: weight_of(module) for name, module in block_matrices(load(recovered, device)).items()}
     student = load(recovered, device)
     load_weights(student, path)
     freeze_rounded(student, path)
     kquants = read_kquants(student, path) if cfg.train == "all" else {}
+    kept = kept_codes(kquants, weights, bool(file.facts.get("keep_zeros")))
     facts = finish_model(student, load(tuned, device), kquants, weights, kept, train, validation, recipe)
     write_vectors(student, path)
     write_kquants(student, path, facts.pop("kquants"))
@@ -101,6 +101,14 @@ def finish_file(
         facts["validation_kl"],
     )
     return checked(file, path, facts)
+
+
+def kept_codes(kquants: Mapping[str, KQuant], weights: Mapping[str, Tensor], keep_zeros: bool) -> dict[str, Tensor]:
+    """For each matrix, which codes may change: all but those of pruned weights that are zero in the file."""
+    free = {name: kept_at_zero(weights[name], kquant.type, keep_zeros) for name, kquant in kquants.items()}
+    return {
+        name: torch.ones_like(weights[name], dtype=torch.bool) if kept is None else kept for name, kept in free.items()
+    }
 
 
 def load(checkpoint: Checkpoint, device: str) -> PreTrainedModel:

@@ -30,26 +30,11 @@ def encode(
     """
     if not torch.isfinite(weight).all():
         raise CheckFailed("a matrix to be quantized has weights that are not finite; train the model again")
-    rows = [
+    parts = [
         encode_rows(weight[part].float(), factor, kind, None if kept is None else kept[part], keep_zeros)
         for part in torch.split(torch.arange(len(weight), device=weight.device), ROWS)
     ]
-    return joined(rows)
-
-
-def joined(parts: list[KQuant]) -> KQuant:
-    def cat(name: str) -> Tensor:
-        return torch.cat([getattr(part, name) for part in parts])
-
-    first = parts[0]
-    return KQuant(
-        first.type,
-        cat("codes"),
-        cat("scales"),
-        None if first.mins is None else cat("mins"),
-        cat("d"),
-        None if first.dmin is None else cat("dmin"),
-    )
+    return KQuant.joined(parts)
 
 
 def encode_rows(weight: Tensor, factor: Tensor, kind: str, kept: Tensor | None, keep_zeros: bool) -> KQuant:

@@ -40,3 +40,10 @@ def inverse_factor(gram: Gram, damping: float = DAMPING) -> Tensor:
         f"the second moments of a matrix's inputs over {gram.tokens} tokens are not a sum of squares, whatever the "
         "damping; this is a bug"
     )
+
+
+def damped(gram: Gram, damping: float = DAMPING) -> Tensor:
+    """(in, in) float32: the mean of x xᵀ with a share of its mean diagonal added to it, over the inputs that fire."""
+    diagonal = gram.mean.diagonal()
+    mean = diagonal[diagonal > 0].mean() if (diagonal > 0).any() else diagonal.new_ones(())
+    return gram.mean + torch.eye(len(diagonal), device=diagonal.device) * (damping * mean)

@@ -6,8 +6,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from pipeline.errors import CheckFailed
 
+TENSORS = ("codes", "scales", "mins", "d", "dmin")  # the fields of a KQuant
 BLOCK = 256  # weights that share d
 GROUP = 16  # weights that share a scale
 GROUPS = BLOCK // GROUP
@@ -49,9 +51,25 @@ class KQuant:
     d: Tensor  # (R, C/256) float16
     dmin: Tensor | None  # (R, C/256) float16, Q2_K only
 
+    def rows(self, chosen: Tensor) -> KQuant:
+        """Those rows alone."""
+        return self.mapped(lambda values: values[chosen])
+
+    @classmethod
+    def joined(cls, parts: Sequence[KQuant]) -> KQuant:
+        """The rows of all parts, one after the other."""
+        fields = {name: [getattr(part, name) for part in parts] for name in TENSORS}
+        whole = {name: None if rows[0] is None else torch.cat(rows) for name, rows in fields.items()}
+        return cls(parts[0].type, **whole)  # type: ignore[arg-type]  # only mins and dmin are ever None
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> KQuant:
+        """`change` done to every tensor."""
+        fields = {name: getattr(self, name) for name in TENSORS}
+        changed: dict[str, Any] = {name: change(values) for name, values in fields.items() if values is not None}
+        return replace(self, **changed)
+
     def to(self, device: torch.device | str) -> KQuant:
-        mins, dmin = (None if values is None else values.to(device) for values in (self.mins, self.dmin))
-        return KQuant(self.type, self.codes.to(device), self.scales.to(device), mins, self.d.to(device), dmin)
+        return self.mapped(lambda values: values.to(device))
 
     def dequantize(self) -> Tensor:
         """(R, C) float32, the very bits that ggml and gguf-py decode to.

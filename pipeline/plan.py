@@ -68,8 +68,10 @@ def plan(resolved: Resolved) -> Plan:
 
 
 def disk_needed(base: Checkpoint, files: dict[str, Forecast], cfg: JobConfig) -> int:
-    """Bytes: the model as base, tuned and sparse checkpoint, saved epochs, and the GGUF files."""
-    checkpoint = sum(path.stat().st_size for path in base.path.glob("*.safetensors"))
+    """Bytes: the base, tuned, pruned, recovered and extended model, saved epochs, the F16 GGUF, and every other both
+    quantized and finished."""
+    checkpoint = sum(path.stat().st_size for path in base.files())
+    checkpoints = 4 + bool(cfg.export.context)
     saved_epochs = 2 if cfg.train.select_best or cfg.train.early_stopping else 0
-    sizes = (max(file.size_bytes, cfg.quantize.max_bytes) for file in files.values())
-    return (3 + saved_epochs) * checkpoint + sum(sizes)
+    sizes = (max(files[kind].size_bytes, cfg.quantize.max_bytes) for kind in cfg.quantize.types)
+    return (checkpoints + saved_epochs) * checkpoint + files["F16"].size_bytes + 2 * sum(sizes)

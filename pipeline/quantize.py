@@ -22,7 +22,7 @@ from pipeline.budget import UNQUANTIZED, choose_types, least
 from pipeline.calibrate import load_calibration
 from pipeline.config import QuantizeConfig
 from pipeline.encode import encode_model
-from pipeline.errors import MachineError
+from pipeline.errors import CheckFailed, MachineError
 from pipeline.forecast import DATASET, IMATRIX, Choice, Forecast, foretell, handle_fallbacks, require_foretold
 from pipeline.gguf_file import GgufContents
 from pipeline.gguf_names import matrix_names
@@ -88,6 +88,8 @@ def quantize(
         if kind in limited:
             ours |= {"budget": budget}
         files.append(described(path, kind, forecast, ours))
+        if keep_zeros:
+            require_zeros(files[-1], f16)
     return GgufSet(tuple(files))
 
 
@@ -131,6 +133,15 @@ def encode_file(model: PreTrainedModel, sequences: list[list[int]], path: Path, 
         write_kquants(model, path, encode_model(model, sequences, ours, others=others, keep_zeros=keep_zeros))
     log.info("quantize: %d tensors of %s encoded with error feedback", len(ours), path.name)
     return {"encoder": "gptq", "encoded_tensors": len(ours), "keep_zeros": keep_zeros}
+
+
+def require_zeros(file: GgufFile, f16: GgufFile) -> None:
+    if file.facts["zeros"] < f16.facts["zeros"]:
+        raise CheckFailed(
+            f"{file.path.name} has {file.facts['zeros']:.4f} of its weights at zero, before rounding it were "
+            f"{f16.facts['zeros']:.4f}: {file.type} stores matrices in types that lose zeros, and sparsity.keep_zeros "
+            "was asked for; choose Q2_K, Q3_K_S or Q6_K in quantize.types"
+        )
 
 
 def described(path: Path, kind: str, forecast: Forecast, ours: Facts) -> GgufFile:

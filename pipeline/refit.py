@@ -10,16 +10,9 @@ import torch
 from torch import Tensor
 
 from pipeline.activations import Gram
-from pipeline.hessian import DAMPING
+from pipeline.hessian import damped
 
 STEPS = 20  # of conjugate gradients: more change nothing in the first four digits of the output error
-
-
-def damping_of(gram: Gram) -> Tensor:
-    """λI, (in, in): a share of the mean second moment of the inputs that fire, as in `hessian.inverse_factor`."""
-    diagonal = gram.mean.diagonal()
-    mean = diagonal[diagonal > 0].mean() if (diagonal > 0).any() else diagonal.new_ones(())
-    return torch.eye(len(diagonal), device=diagonal.device) * (DAMPING * mean)
 
 
 def refit(pruned: Tensor, dense: Tensor, gram: Gram, steps: int = STEPS) -> Tensor:
@@ -27,7 +20,7 @@ def refit(pruned: Tensor, dense: Tensor, gram: Gram, steps: int = STEPS) -> Tens
 
     Minimizes tr((W - D) H (W - D)ᵀ), H the damped mean of x xᵀ, over the weights that are not zero.
     """
-    hessian = gram.mean + damping_of(gram)
+    hessian = damped(gram)
     scale = hessian.diagonal()  # Jacobi's preconditioner
     tiny = torch.finfo(torch.float32).tiny
     mask = pruned != 0

@@ -27,7 +27,7 @@ from pipeline.config import SparsityConfig
 from pipeline.device import arithmetic_of
 from pipeline.distill import Recipe
 from pipeline.encode import encode_model
-from pipeline.finish import finish_model
+from pipeline.finish import finish_model, kept_codes
 from pipeline.grid import padded, whole_blocks
 from pipeline.kquants import KQuant, unpack
 from pipeline.matrices import block_matrices, weight_of
@@ -40,6 +40,7 @@ FITTED = 256  # windows that pruning and encoding are fitted to: 65,536 tokens
 VALIDATION = 16  # windows that training stops by
 HELD_OUT = 96  # windows scored: 24,576 tokens
 DOCUMENT = "<|endoftext|>"  # what SmolLM2 saw before every document in its pretraining
+OURS = ("refit", "recovered", "recovered, our encoder", "finished")
 METHODS = ("random", "magnitude", "wanda", "sparsegpt")
 
 
@@ -117,8 +118,8 @@ class Bench:
             "zeros": sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights),
         }
 
-    def prune(self, method: str) -> Callable[[PreTrainedModel], None]:
-        return lambda model: prune_model(model, self.fitted, SparsityConfig(method=method), 0)
+    def prune(self, method: str, refit: bool = False) -> Callable[[PreTrainedModel], None]:
+        return lambda model: prune_model(model, self.fitted, SparsityConfig(method=method, refit=refit), 0)
 
     def stock(self, importance: bool) -> Callable[[PreTrainedModel], None]:
         """llama-quantize's own rounding, by the wheel that is bit-identical to it."""
@@ -137,14 +138,11 @@ class Bench:
 
         return change
 
-    def encode(self, keep: str = "", spread: bool = False) -> Callable[[PreTrainedModel], None]:
-        """Our encoder, its result in the file `keep`. `spread`: errors go to pruned weights too."""
+    def encode(self, keep: str = "") -> Callable[[PreTrainedModel], None]:
+        """Our encoder, its result in the file `keep`."""
 
         def change(model: PreTrainedModel) -> None:
-            for module in block_matrices(model).values() if spread else ():
-                weight_of(module)[weight_of(module) == 0] = torch.finfo(torch.float32).tiny
-            types = {name: gpt2_type(name) for name in block_matrices(model)}
-            found = encode_model(model, self.fitted, types)
+            found = encode_model(model, self.fitted, {name: gpt2_type(name) for name in block_matrices(model)})
             if keep:
                 torch.save({name: vars(kquant) for name, kquant in found.items()}, self.folder / keep)
 
@@ -162,7 +160,7 @@ class Bench:
             stored = torch.load(self.folder / encoded) if everything else {}
             kquants = {name: KQuant(**values) for name, values in stored.items()}
             before = {name: weight_of(module) for name, module in block_matrices(self.load(start)).items()}
-            kept = {name: weight != 0 for name, weight in before.items()}
+            kept = kept_codes(kquants, before, keep_zeros=False)
             teacher = self.load("dense")
             facts = finish_model(model, teacher, kquants, before, kept, self.train, self.validation, recipe)
             return {key: value for key, value in facts.items() if key != "kquants"}
@@ -182,9 +180,10 @@ def steps(bench: Bench) -> list[dict[str, Any]]:
             bench.step(method, "dense", bench.prune(method))
         bench.step("sparsegpt, stock rounding", "sparsegpt", bench.stock(importance=False))
         bench.step("sparsegpt, stock rounding with importance matrix", "sparsegpt", bench.stock(importance=True))
-        bench.step("sparsegpt, our encoder, errors spread to all", "sparsegpt", bench.encode(spread=True))
-        bench.step("sparsegpt, our encoder", "sparsegpt", bench.encode())
-    bench.step("recovered", "sparsegpt", bench.recover)
+        bench.step("refit", "dense", bench.prune("sparsegpt", refit=True))
+        bench.step("refit, stock rounding with importance matrix", "refit", bench.stock(importance=True))
+        bench.step("refit, our encoder", "refit", bench.encode())
+    bench.step("recovered", "refit", bench.recover)
     with torch.no_grad():
         bench.step("recovered, stock rounding with importance matrix", "recovered", bench.stock(importance=True))
         bench.step("recovered, our encoder", "recovered", bench.encode(keep="kquants.pt"))
@@ -197,7 +196,7 @@ def minutes_and_losses(rows: list[dict[str, Any]]) -> list[tuple[float, str, flo
     """The curve: minutes spent so far on pruning, recovery, encoding and finishing, and the validation KL by then."""
     spent = 0.0
     points = []
-    for row in (row for row in rows if row["step"] in ("sparsegpt", "recovered", "recovered, our encoder", "finished")):
+    for row in (row for row in rows if row["step"] in OURS):
         for point in row["facts"].get("curve", []):
             points.append(((spent + point["seconds"]) / 60, row["step"], point["validation_kl"]))
         spent += row["seconds"]

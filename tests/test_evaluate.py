@@ -112,8 +112,8 @@ def test_a_files_row_has_its_name_its_type_and_its_own_figures(fresh, scored):
 
 
 def test_a_file_that_a_step_left_as_it_was_is_not_scored_again(fresh, scored):
-    for stage, name, sha256 in (("quantized", "a", "1"), ("finished", "a", "1"), ("quantized", "b", "2")):
-        fresh.gguf_row(stage, file_of(name, sha256), TOOLS)
+    for step, name, sha256 in (("quantized", "a", "1"), ("finished", "a", "1"), ("quantized", "b", "2")):
+        fresh.gguf_row(step, file_of(name, sha256), TOOLS)
     fresh.gguf_row("finished", file_of("b", "3"), TOOLS)
     assert scored == ["a", "b", "b"]
     assert [(row.stage, row.file) for row in fresh.rows] == [

@@ -31,6 +31,9 @@ def toy_job(toy_gpt2, uri, work, **more):
         "work_dir": str(work),
         "model.base": str(toy_gpt2),
         "train.max_steps": "2",
+        "calibration.generated": "8",
+        "recover.steps": "2",
+        "finish.steps": "2",
         "evaluate.prompts": ["I"],
         "evaluate.samples": "1",
         "evaluate.max_new_tokens": "8",
@@ -67,15 +70,26 @@ def test_a_bucket_of_quotes_becomes_a_verified_release_once(bucket, toy_gpt2, ll
 def check_metrics(figures):
     jsonschema.validate(figures, json.loads(metrics.SCHEMA_PATH.read_text()))
     rows = {row["stage"]: row for row in figures["ledger"]}
-    assert list(rows) == ["base", "tuned", "nf4", "sparse", "F16", "Q2_K"]
+    steps = ("base", "tuned", "nf4", "pruned", "recovered", "F16", "quantized", "finished")
+    assert [row["stage"] for row in figures["ledger"]] == list(steps)
     assert len({(row["quotes"], row["tokens"]) for row in rows.values()}) == 1  # the same quotes for every row
     assert rows["tuned"]["ppl_ratio"] == {"value": 1, "low": 1, "high": 1}
-    assert rows["sparse"]["zeros"] == rows["F16"]["zeros"] == 0.5
-    assert 0 < rows["Q2_K"]["zeros"] < 0.5  # Q2_K loses zeros: measured on the file, not assumed
-    assert rows["F16"]["kl_mean"] == pytest.approx(rows["sparse"]["kl_mean"], abs=1e-3)
+    assert rows["pruned"]["zeros"] == rows["recovered"]["zeros"] == 0.5
+    assert rows["F16"]["zeros"] == pytest.approx(0.5, abs=1e-5)  # the smallest weights can be zero in F16
+    for step in ("quantized", "finished"):  # Q2_K loses zeros: measured on the file, not assumed
+        assert 0.3 < rows[step]["zeros"] < 0.5
+        assert (rows[step]["file"], rows[step]["type"]) == ("gpt2-ye-trump-Q2_K.gguf", "Q2_K")
+    assert rows["quantized"]["size_bytes"] == rows["finished"]["size_bytes"] == figures["ggufs"][0]["size_bytes"]
+    assert rows["F16"]["kl_mean"] == pytest.approx(rows["recovered"]["kl_mean"], abs=1e-3)
     assert [stage["name"] for stage in figures["stages"]] == [
-        *("fetch", "obtain", "tokenize", "finetune", "sparsify", "export", "quantize", "evaluate")
+        *("fetch", "obtain", "tokenize", "finetune", "calibrate", "sparsify", "recover", "export", "quantize"),
+        *("finish", "evaluate"),
     ]
+    facts = {stage["name"]: stage["facts"] for stage in figures["stages"]}
+    assert facts["calibrate"]["kinds"].keys() == {"quotes", "generated"}
+    assert facts["recover"]["steps"] == figures["ggufs"][0]["facts"]["finish"]["steps"] == 2
+    assert figures["ggufs"][0]["facts"]["encoded_tensors"] == 9
+    assert figures["long_context"]["value"] is None
     assert figures["data"]["sources"][0]["blank"] > 0
 
 
@@ -94,12 +108,32 @@ def test_a_second_run_skips_what_is_done(done, toy_gpt2, tmp_path):
     more = {"quantize.types": "Q2_K,Q8_0", "publish.safetensors": "true", "output": str(tmp_path / "out")}
     figures = job.run(toy_job(toy_gpt2, bucket, work, **more)).metrics
     skipped = {stage["name"] for stage in figures["stages"] if stage["skipped"]}
-    assert skipped == {"fetch", "obtain", "tokenize", "finetune", "sparsify", "export"}
+    assert skipped == {"fetch", "obtain", "tokenize", "finetune", "calibrate", "sparsify", "recover", "export"}
+    assert [(row["stage"], row["type"]) for row in figures["ledger"]][-4:] == [
+        *(("quantized", "Q2_K"), ("finished", "Q2_K"), ("quantized", "Q8_0"), ("finished", "Q8_0"))
+    ]
     assert [file["type"] for file in figures["ggufs"]] == ["Q2_K", "Q8_0"]
     assert (tmp_path / "out" / "gpt2-ye-trump-Q8_0.gguf").exists()
     published = {path.name for path in (tmp_path / "out" / "safetensors").iterdir()}
     assert {"model.safetensors", "config.json", "tokenizer.json"} <= published
     assert "DONE.json" not in published
+
+
+@pytest.mark.slow
+def test_a_longer_model_is_measured_at_every_length_and_can_keep_its_zeros(done, toy_gpt2, tmp_path):
+    bucket, work = done
+    more = {"export.context": "2048", "sparsity.keep_zeros": "true", "output": str(tmp_path / "out")}
+    figures = job.run(toy_job(toy_gpt2, bucket, work, **more)).metrics
+    jsonschema.validate(figures, json.loads(metrics.SCHEMA_PATH.read_text()))
+    assert "extend" in [stage["name"] for stage in figures["stages"]]
+    (rows,) = figures["long_context"].values()
+    assert [row["context"] for row in rows] == [1024, 2048]
+    (file,) = figures["ggufs"]
+    assert file["facts"]["matrix_types"]["position_embd"] == {"F16": 1}
+    assert {row["stage"]: row["zeros"] >= 0.5 for row in figures["ledger"][-2:]} == {
+        "quantized": True,
+        "finished": True,
+    }
 
 
 def test_a_file_that_misses_a_gate_is_published_under_rejected_and_nowhere_else(done, toy_gpt2, tmp_path):

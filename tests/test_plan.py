@@ -35,3 +35,5 @@ def test_the_plan_of_a_job_is_what_the_job_then_does(toy_gpt2, llama_cpp, tmp_pa
     assert facts["finetune"]["steps"] == planned.steps
     size = metrics["ggufs"][0]["size_bytes"]
     assert planned.outputs["gpt2-ye-trump-Q2_K.gguf"].size_bytes == size
+    used = sum(path.stat().st_size for path in (tmp_path / "work").rglob("*") if path.is_file())
+    assert planned.disk_bytes == pytest.approx(used, rel=0.01)

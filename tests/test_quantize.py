@@ -127,6 +127,11 @@ def test_zeros_that_are_kept_are_exact_in_every_type(toy, llama_cpp, tmp_path):
         assert not stored[tensor.data == 0].any(), name
 
 
+def test_a_type_that_loses_zeros_is_refused_where_they_are_to_be_kept(toy, llama_cpp, tmp_path):
+    with pytest.raises(CheckFailed, match=r"toy-Q4_K_M\.gguf has 0\.\d+ of its weights at zero, .*: Q4_K_M stores"):
+        run(toy, llama_cpp, tmp_path, QuantizeConfig(types=("Q4_K_M",)), keep_zeros=True)
+
+
 def test_the_file_does_not_tell_where_it_was_made(ours, toy):
     contents = GgufContents(ours.path)
     found = {key: value for key, value in contents.metadata.items() if key.startswith("quantize.")}

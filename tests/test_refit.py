@@ -1,8 +1,9 @@
 import torch
 
 from pipeline.activations import Gram
+from pipeline.hessian import damped
 from pipeline.masks import Target
-from pipeline.refit import damping_of, refit
+from pipeline.refit import refit
 from pipeline.sparsity import sparsegpt
 
 
@@ -17,10 +18,6 @@ def gram_of(x):
 
 def matrix(rows=10, width=24, seed=1):
     return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
-
-
-def damped(gram):
-    return gram.mean + damping_of(gram)
 
 
 def test_every_row_gets_the_least_squares_of_the_weights_that_stay():
