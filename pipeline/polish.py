@@ -45,14 +45,13 @@ def refit_blocks(quantized: KQuant, weight: Tensor, hessian: Tensor) -> KQuant:
     up = (quantized.codes.float() - ktype.zero_code) * quantized.scales.float().repeat_interleave(GROUP, 1)
     shapes = [up] if quantized.mins is None else [up, -quantized.mins.float().repeat_interleave(GROUP, 1)]
     now = quantized.d.float() if quantized.dmin is None else torch.cat([quantized.d, quantized.dmin], 1).float()
-    basis = weight.new_zeros(rows, len(shapes) * blocks, columns)  # the weight is d · basis, for each row its own
-    for kind, shape in enumerate(shapes):
-        for block in range(blocks):
-            span = slice(block * BLOCK, (block + 1) * BLOCK)
-            basis[:, kind * blocks + block, span] = shape[:, span]
-    image = basis @ hessian
-    normal = (image @ basis.transpose(1, 2)).double()
-    wrong = (image @ weight[..., None]).double() - normal @ now.double()[..., None]
+    spans = [slice(start, start + BLOCK) for start in range(0, columns, BLOCK)]
+    # (R, C) for each unknown: H times what of the weight is multiplied by it
+    images = [shape[:, span] @ hessian[span] for shape in shapes for span in spans]
+    sums = [[(image * shape).reshape(rows, blocks, BLOCK).sum(-1) for shape in shapes] for image in images]
+    normal = torch.stack([torch.cat(row, 1) for row in sums], 1).double()  # (R, N, N), N unknowns
+    target = torch.stack([(image * weight).sum(1) for image in images], 1)[..., None].double()
+    wrong = target - normal @ now.double()[..., None]
     ridge = RIDGE * normal.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30)
     normal += torch.eye(normal.shape[1], device=weight.device, dtype=normal.dtype) * ridge[:, None, None]
     found = now + torch.linalg.solve(normal, wrong)[..., 0].float()

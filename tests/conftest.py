@@ -6,7 +6,8 @@ import os
 import shutil
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -78,6 +79,20 @@ def wide_llama(toy_gpt2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(out)
     return out
+
+
+@pytest.fixture(scope="session")
+def f16_of(llama_cpp: LlamaCpp, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
+    """A checkpoint's F16 GGUF, converted once for all tests: to be read only."""
+    from pipeline.export import convert
+
+    @cache
+    def converted(checkpoint: Path) -> Path:
+        path = tmp_path_factory.mktemp("f16") / "toy-F16.gguf"
+        convert(checkpoint, llama_cpp, "toy", path)
+        return path
+
+    return converted
 
 
 @pytest.fixture(scope="session")

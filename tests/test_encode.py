@@ -7,10 +7,8 @@ from gguf import GGMLQuantizationType
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from pipeline.activations import HEAD, input_squares, walk
-from pipeline.encode import encode_model
-from pipeline.gptq import encode
+from pipeline.encode import encode_model, encode_module
 from pipeline.grid import padded
-from pipeline.hessian import inverse_factor
 from pipeline.kquants import unpack
 from pipeline.matrices import block_matrices, weight_of
 
@@ -81,7 +79,7 @@ def test_each_block_is_fitted_to_what_the_quantized_blocks_before_it_make():
     for block in walk(by_hand, SEQUENCES, "test"):
         if name in block:
             module, gram = block[name]
-            expected = encode(weight_of(module), inverse_factor(gram), "Q2_K")
+            expected = encode_module(module, gram, "Q2_K", pruned=True, keep_zeros=False)
     assert torch.equal(found[name].codes, expected.codes)
     alone = encode_model(gpt2(), SEQUENCES, {name: "Q2_K"})[name]
     assert not torch.equal(alone.codes, expected.codes)

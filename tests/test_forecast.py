@@ -27,10 +27,8 @@ FALLBACK = Fallback("blk.0.ffn_up.weight", 576, 256, "Q2_K", "Q4_0")
 
 
 @pytest.fixture(scope="module")
-def f16(toy_gpt2, llama_cpp, tmp_path_factory):
-    path = tmp_path_factory.mktemp("f16") / "toy-F16.gguf"
-    convert(toy_gpt2, llama_cpp, "toy", path)
-    return GgufContents(path)
+def f16(f16_of, toy_gpt2):
+    return GgufContents(f16_of(toy_gpt2))
 
 
 def made(f16, kind, tools, choice, folder):
@@ -149,15 +147,10 @@ def test_bytes_of_a_tensor_count_its_padding(shape, kind, size):
     assert stored_bytes(shape, kind) == size
 
 
-def test_the_base_model_tells_the_size_of_a_tuned_one_and_of_a_longer_one(f16, toy_gpt2, llama_cpp, tmp_path):
-    foreseen = forecasts_of(toy_gpt2, ("F16", "Q2_K"), llama_cpp, name="toy", importance=True)
-    assert foreseen["F16"].size_bytes == f16.path.stat().st_size
-    assert foreseen["Q2_K"] == foretell(f16, "Q2_K", llama_cpp, Choice(True))
-
-    longer = forecasts_of(toy_gpt2, ("F16", "Q2_K"), llama_cpp, name="toy", importance=True, context=2048)
+def test_the_base_model_tells_the_size_of_a_tuned_one_that_will_have_more_positions(toy_gpt2, llama_cpp, tmp_path):
+    foreseen = forecasts_of(toy_gpt2, ("F16", "Q2_K"), llama_cpp, name="toy", importance=True, context=2048)
     path = tmp_path / "toy-F16.gguf"
     convert(with_context(toy_gpt2, 2048, tmp_path / "model"), llama_cpp, "toy", path, f16_positions=True)
-    assert longer["F16"].size_bytes == path.stat().st_size
-    file = made(GgufContents(path), "Q2_K", llama_cpp, Choice(True), tmp_path)
-    require_foretold(file, "Q2_K", longer["Q2_K"])
-    assert longer["Q2_K"].types["position_embd.weight"] == "F16"
+    assert foreseen["F16"].size_bytes == path.stat().st_size
+    require_foretold(made(GgufContents(path), "Q2_K", llama_cpp, Choice(True), tmp_path), "Q2_K", foreseen["Q2_K"])
+    assert foreseen["Q2_K"].types["position_embd.weight"] == "F16"

@@ -9,7 +9,6 @@ from transformers import AutoModelForCausalLM
 from pipeline import child
 from pipeline.activations import HEAD
 from pipeline.errors import CheckFailed
-from pipeline.export import convert
 from pipeline.gguf_f16 import store_as_f16
 from pipeline.gguf_file import GgufContents
 from pipeline.gguf_names import matrix_names
@@ -36,15 +35,13 @@ def checkpoint(request):
 
 
 @pytest.fixture(scope="module")
-def f16(checkpoint, llama_cpp, tmp_path_factory):
-    path = tmp_path_factory.mktemp("f16") / "model-F16.gguf"
-    convert(checkpoint, llama_cpp, "model", path)
-    return path
+def f16(f16_of, checkpoint):
+    return f16_of(checkpoint)
 
 
 @pytest.fixture(scope="module")
-def stock(f16, llama_cpp):
-    path = f16.with_name("model-Q2_K.gguf")
+def stock(f16, llama_cpp, tmp_path_factory):
+    path = tmp_path_factory.mktemp("stock") / "toy-Q2_K.gguf"
     child.run([llama_cpp.program("llama-quantize"), f16, path, "Q2_K", "1"])
     return path
 
