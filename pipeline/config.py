@@ -138,8 +138,8 @@ class SparsityConfig(Section):
     ratio: Annotated[float, Field(ge=0, lt=1)] = Field(0.5, description="Share of weights set to zero.")
     refit: bool = Field(
         True,
-        description="sparsegpt, wanda: fit the weights that stay to what the dense model computes (least squares). "
-        "false: the methods as published.",
+        description="sparsegpt, wanda: choose again which weights stay, all against all, and fit them to what the "
+        "dense model computes (least squares). false: the methods as published.",
     )
     keep_zeros: bool = Field(
         False, description="Pruned weights are exactly zero in the GGUF too, at the quality cost that metrics.json has."

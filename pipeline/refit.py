@@ -1,7 +1,8 @@
-"""The best values of the weights that pruning left, for what the dense matrix makes of their inputs.
+"""Better than SparseGPT's own choice and values of the weights that stay, now that all of them are known.
 
-SparseGPT only ever corrects the columns to its right; with the mask known, all that stay can be fitted at once: least
-squares for each row, as in Boža (arXiv:2401.02938), here by conjugate gradients.
+SparseGPT only ever looks to the right: it chooses column by column, and corrects the columns not yet visited. Here all
+weights of a row are weighed against all: `reselect` exchanges weights that stay for pruned ones, and `refit` gives
+those that stay their best values, least squares as in Boža (arXiv:2401.02938), by conjugate gradients.
 """
 
 from __future__ import annotations
@@ -13,6 +14,10 @@ from pipeline.activations import Gram
 from pipeline.hessian import damped
 
 STEPS = 20  # of conjugate gradients: more change nothing in the first four digits of the output error
+# Shares of a row exchanged at once, from coarse to fine. Measured on SmolLM2: the output error falls by another 10 to
+# 20%, on text it was not fitted to as well; longer schedules gain less than half a percent more.
+EXCHANGED = (0.06, 0.05, 0.04, 0.03, 0.02, 0.02, 0.01, 0.01, 0.005, 0.005)
+STEPS_BETWEEN = 8  # of conjugate gradients, after each half of an exchange
 
 
 def refit(pruned: Tensor, dense: Tensor, gram: Gram, steps: int = STEPS) -> Tensor:
@@ -20,7 +25,55 @@ def refit(pruned: Tensor, dense: Tensor, gram: Gram, steps: int = STEPS) -> Tens
 
     Minimizes tr((W - D) H (W - D)ᵀ), H the damped mean of x xᵀ, over the weights that are not zero.
     """
+    return fitted_to(pruned, dense, damped(gram), steps)
+
+
+def reselect(pruned: Tensor, dense: Tensor, gram: Gram) -> Tensor:
+    """(out, in): as many zeros in every row as in `pruned`, at better places, and refitted.
+
+    In turn, the pruned weights that would help most come back, and as many that cost least go. A row keeps an exchange
+    only if its output error falls.
+    """
     hessian = damped(gram)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian.double())).diagonal().float()
+    found = fitted_to(pruned, dense, hessian, STEPS)
+    least = error_of(found, dense, hessian)
+    for share in EXCHANGED:
+        tried = exchanged(found, dense, hessian, inverse, max(1, round(share * dense.shape[1])))
+        error = error_of(tried, dense, hessian)
+        found = torch.where((error < least)[:, None], tried, found)
+        least = torch.minimum(error, least)
+    return fitted_to(found, dense, hessian, STEPS)
+
+
+def exchanged(pruned: Tensor, dense: Tensor, hessian: Tensor, inverse: Tensor, count: int) -> Tensor:
+    """`count` pruned weights of each row for as many that stay, by what one alone would change the error by.
+
+    Optimal Brain Surgeon's saliency w² / [H⁻¹]_ii for those that go; rows with fewer of either exchange fewer.
+    """
+    count = min(count, int((pruned == 0).sum(1).min()), int((pruned != 0).sum(1).min()))
+    if not count:
+        return pruned
+    diagonal = hessian.diagonal()
+    slope = (pruned - dense) @ hessian
+    gain = torch.where(pruned == 0, slope**2 / diagonal, -1.0)
+    back = gain.topk(count, dim=1).indices
+    # never exactly zero, which would be a pruned weight again
+    value = -(slope / diagonal).gather(1, back)
+    more = pruned.scatter(1, back, torch.where(value == 0, torch.finfo(torch.float32).tiny, value))
+    more = fitted_to(more, dense, hessian, STEPS_BETWEEN)
+    cost = torch.where(more == 0, torch.inf, more**2 / inverse)
+    fewer = more.scatter(1, cost.topk(count, dim=1, largest=False).indices, 0.0)
+    return fitted_to(fewer, dense, hessian, STEPS_BETWEEN)
+
+
+def error_of(weight: Tensor, dense: Tensor, hessian: Tensor) -> Tensor:
+    """(out,): each row's mean squared output error."""
+    wrong = weight - dense
+    return (wrong @ hessian * wrong).sum(1)
+
+
+def fitted_to(pruned: Tensor, dense: Tensor, hessian: Tensor, steps: int) -> Tensor:
     scale = hessian.diagonal()  # Jacobi's preconditioner
     tiny = torch.finfo(torch.float32).tiny
     mask = pruned != 0

@@ -19,7 +19,7 @@ from pipeline.config import SparsityConfig
 from pipeline.errors import CheckFailed, ConfigError
 from pipeline.masks import Target, global_masks
 from pipeline.matrices import block_matrices, weight_of
-from pipeline.refit import refit
+from pipeline.refit import refit, reselect
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +99,9 @@ def prune_model(model: PreTrainedModel, sequences: Sequence[Sequence[int]], cfg:
         weight = weight_of(module)
         dense = weight.float()
         pruned = method.prune(dense, gram, target, generator_of(name, seed))
-        weight.copy_(refit(pruned, dense, gram) if gram and cfg.refit else pruned)
+        if gram and cfg.refit:  # an n:m pattern fixes which weights can stay
+            pruned = (refit if target.group else reselect)(pruned, dense, gram)
+        weight.copy_(pruned)
 
 
 def matrices_with_grams(

@@ -1,9 +1,11 @@
+from itertools import combinations
+
 import torch
 
 from pipeline.activations import Gram
 from pipeline.hessian import damped
 from pipeline.masks import Target
-from pipeline.refit import refit
+from pipeline.refit import error_of, exchanged, refit, reselect
 from pipeline.sparsity import sparsegpt
 
 
@@ -50,3 +52,33 @@ def test_inputs_that_never_fire_give_no_nan():
     gram = gram_of(x)
     dense = matrix()
     assert torch.isfinite(refit(sparsegpt.prune(dense, gram, Target(0.5)), dense, gram)).all()
+
+
+def test_reselecting_lowers_every_rows_error_at_the_same_count_of_zeros():
+    dense, gram = matrix(), gram_of(inputs())
+    pruned = sparsegpt.prune(dense, gram, Target(0.5))
+    found = reselect(pruned, dense, gram)
+    assert torch.equal((found == 0).sum(1), (pruned == 0).sum(1))
+    before, after = (error_of(weight, dense, damped(gram)) for weight in (refit(pruned, dense, gram), found))
+    assert (after <= before * (1 + 1e-4)).all() and after.sum() < 0.9 * before.sum()
+
+
+def test_reselecting_finds_the_best_of_all_masks_of_a_narrow_matrix():
+    dense, gram = matrix(width=8), gram_of(inputs(width=8))
+    hessian = damped(gram)
+    found = error_of(reselect(sparsegpt.prune(dense, gram, Target(0.5)), dense, gram), dense, hessian)
+    best = torch.full_like(found, torch.inf)
+    for columns in combinations(range(8), 4):
+        mask = torch.zeros(8, dtype=torch.bool)
+        mask[list(columns)] = True
+        error = error_of(refit(dense * mask, dense, gram, steps=50), dense, hessian)
+        best = torch.minimum(best, error)
+    assert (found < 1.02 * best).float().mean() >= 0.5 and found.sum() < 1.5 * best.sum()
+
+
+def test_nothing_pruned_or_nothing_left_leaves_nothing_to_exchange():
+    dense, gram = matrix(), gram_of(inputs())
+    hessian = damped(gram)
+    for pruned in (dense, torch.zeros_like(dense)):
+        assert exchanged(pruned, dense, hessian, hessian.diagonal(), 3) is pruned
+        assert torch.allclose(reselect(pruned, dense, gram), pruned, atol=1e-5)
