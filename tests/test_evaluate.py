@@ -1,3 +1,4 @@
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -79,8 +80,11 @@ def test_zeros_are_counted_in_the_block_matrices_only(base):
 
 
 @pytest.fixture
-def fresh(base, tokens):
-    return Scoreboard(base, tokens, EvaluateConfig(bootstrap=100), "cpu", seed=1)
+def fresh(board):
+    """The same quotes and the same tuned model, without rows."""
+    empty = copy.copy(board)
+    empty.rows, empty.by_hash = [], {}
+    return empty
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from pipeline.scoring import torch_logits
 from tests.calibrated import calibration_in
 from tests.test_recover import half_zero
 
-SEQUENCES = [[50256, *range(n, n + 10), 50256] for n in range(100, 1300, 60)]
+SEQUENCES = [[50256, *range(n, n + 10), 50256] for n in range(100, 900, 80)]
 CFG = FinishConfig(steps=4, batch_tokens=64, learning_rate=3e-4, precision="fp32")
 
 
