@@ -109,11 +109,17 @@ def test_with_feedback_the_error_of_the_outputs_is_far_below_that_of_llama_quant
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_encoded_a_few_at_a_time_are_the_same_rows(kind, monkeypatch):
-    weight, factor = matrix("normal", rows=23), inverse_factor(correlated())
-    kept = torch.rand(weight.shape) < 0.5
-    whole = pack(encode(weight * kept, factor, kind, kept=kept))
+    """But for products of another shape, which round their sums another way: now and then that is another code, and
+    what follows in its row another compromise as good."""
+    gram = correlated()
+    factor = inverse_factor(gram)
+    weight = matrix("half zero", rows=23)
+    whole = encode(weight, factor, kind, kept=weight != 0)
     monkeypatch.setattr(gptq, "ROWS", 7)
-    assert np.array_equal(pack(encode(weight * kept, factor, kind, kept=kept)), whole)
+    parts = encode(weight, factor, kind, kept=weight != 0)
+    assert (parts.codes != whole.codes).any(1).sum() <= 3
+    costs = [cost(found.dequantize() - weight, gram.mean) for found in (whole, parts)]
+    assert costs[1] == pytest.approx(costs[0], rel=0.02)
 
 
 def rounded_one_by_one(weight, k, hessian, kept):

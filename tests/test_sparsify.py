@@ -136,12 +136,31 @@ def test_a_gpt2_whose_blocks_are_not_what_they_should_be_is_refused(dense, calib
 
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
 @pytest.mark.parametrize("method", sparsity.methods())
-def test_surviving_weights_keep_their_values_but_for_sparsegpt(method, pattern, dense, calibration, out):
+def test_without_refit_surviving_weights_keep_their_values_but_for_sparsegpt(method, pattern, dense, calibration, out):
     before = weights_of(loaded(dense))
     kept = []
-    for name, pruned in weights_of(loaded(sparsified(dense, calibration, out, method=method, pattern=pattern))).items():
+    result = sparsified(dense, calibration, out, method=method, pattern=pattern, refit=False)
+    for name, pruned in weights_of(loaded(result)).items():
         kept.append(torch.equal(pruned[pruned != 0], before[name][pruned != 0]))
     assert all(kept) if method in KEEPERS else not any(kept)
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_refit_brings_the_outputs_nearer_to_the_dense_models_at_the_same_count_of_zeros(
+    method, pattern, dense, calibration
+):
+    sequences = load_calibration(calibration, "train")
+    errors, zeros = [], []
+    for refit in (False, True):
+        model = loaded(dense).eval()
+        cfg = SparsityConfig(method=method, pattern=pattern, refit=refit)
+        with torch.no_grad():
+            prune_model(model, sequences, cfg, seed=1)
+            pairs = [(model(torch.tensor([ids])), loaded(dense).eval()(torch.tensor([ids]))) for ids in sequences[:4]]
+        errors.append(sum(float((ours.logits - theirs.logits).square().sum()) for ours, theirs in pairs))
+        zeros.append({name: int((weight == 0).sum()) for name, weight in weights_of(model).items()})
+    assert errors[1] < errors[0] and zeros[0] == zeros[1]
 
 
 def test_magnitude_drops_the_smallest_weights_of_each_matrix(dense, calibration, out):
@@ -181,7 +200,7 @@ def test_the_second_block_is_fitted_to_what_the_pruned_first_one_makes(dense, ca
     for model in (pruned, half, whole):
         for weight in weights_of(model).values():
             weight.mul_(10)  # so that the first block matters to the second
-    prune_model(pruned, sequences, SparsityConfig(method="wanda"), seed=1)
+    prune_model(pruned, sequences, SparsityConfig(method="wanda", refit=False), seed=1)
     half.transformer.h[0].load_state_dict(pruned.transformer.h[0].state_dict())
     for name, weight in weights_of(pruned).items():
         if ".h.1." in name:
