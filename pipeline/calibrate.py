@@ -10,12 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from pipeline.artifacts import Calibration, Checkpoint, Corpus, Facts, TokenDataset, sha256_of
 from pipeline.config import CalibrationConfig, TokensConfig
 from pipeline.device import arithmetic_of
 from pipeline.errors import DataError
+from pipeline.loading import load_fp32
 from pipeline.progress import bar
 from pipeline.quotes import fold
 from pipeline.tokens import load_split, split_of
@@ -120,7 +121,7 @@ def runs(words: list[str], size: int) -> set[str]:
 @torch.inference_mode()
 def write(tuned: Checkpoint, tokens: TokenDataset, count: int, max_length: int, device: str, seed: int) -> Sequences:
     """`count` texts that `tuned` writes after its begin token, each to its end token or `max_length` tokens."""
-    model = AutoModelForCausalLM.from_pretrained(tuned.path, dtype=torch.float32).to(device).eval()
+    model = load_fp32(tuned, device)
     precision = arithmetic_of("auto", device).name
     texts: Sequences = []
     with torch.random.fork_rng(), torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):

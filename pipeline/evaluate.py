@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from pipeline import ledger, llama_cpp, long_context
 from pipeline.artifacts import Calibration, Checkpoint, Evaluation, GgufFile, GgufSet, TokenDataset, sha256_of
@@ -22,6 +22,7 @@ from pipeline.fourbit import load_nf4, nf4_facts
 from pipeline.generations import Sample, describe
 from pipeline.ledger import Interval, Measured, Row
 from pipeline.llama_cpp import LlamaCpp
+from pipeline.loading import load_fp32
 from pipeline.matrices import block_matrices, weight_of
 from pipeline.progress import bar
 from pipeline.scoring import Reference, score, torch_logits
@@ -94,10 +95,6 @@ def held_out(tokens: TokenDataset, at_most: int) -> list[list[int]]:
     split = load_split(tokens, "holdout")
     chosen = np.linspace(0, len(split) - 1, min(at_most, len(split))).round().astype(int)
     return list(split.select(chosen)["input_ids"])
-
-
-def load_fp32(checkpoint: Checkpoint, device: str) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32).to(device).eval()
 
 
 class Scoreboard:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from pipeline.artifacts import Calibration, Checkpoint, Facts, GgufFile, GgufSet, sha256_of
 from pipeline.calibrate import load_calibration
@@ -34,6 +34,7 @@ from pipeline.gguf_weights import (
 )
 from pipeline.grid import Grid, put_on_grid, take_off_grid
 from pipeline.kquants import KQuant
+from pipeline.loading import load_fp32
 from pipeline.matrices import block_matrices, ids_of_embeddings, weight_of
 
 log = logging.getLogger(__name__)
@@ -83,13 +84,13 @@ def finish_file(
     train, validation = (load_calibration(calibration, split) for split in ("train", "validation"))
     precision = arithmetic_of(cfg.precision, device).name
     recipe = Recipe(cfg.steps, cfg.batch_tokens, cfg.learning_rate, cfg.patience, precision, seed)
-    weights = {name: weight_of(module) for name, module in block_matrices(load(recovered, device)).items()}
-    student = load(recovered, device)
+    weights = {name: weight_of(module) for name, module in block_matrices(load_fp32(recovered, device)).items()}
+    student = load_fp32(recovered, device)
     load_weights(student, path)
     freeze_rounded(student, path)
     kquants = read_kquants(student, path) if cfg.train == "all" else {}
     kept = kept_codes(kquants, weights, bool(file.facts.get("keep_zeros")))
-    facts = finish_model(student, load(tuned, device), kquants, weights, kept, train, validation, recipe)
+    facts = finish_model(student, load_fp32(tuned, device), kquants, weights, kept, train, validation, recipe)
     write_vectors(student, path)
     write_kquants(student, path, facts.pop("kquants"))
     if file.facts.get("keep_zeros"):
@@ -109,11 +110,6 @@ def kept_codes(kquants: Mapping[str, KQuant], weights: Mapping[str, Tensor], kee
     return {
         name: torch.ones_like(weights[name], dtype=torch.bool) if kept is None else kept for name, kept in free.items()
     }
-
-
-def load(checkpoint: Checkpoint, device: str) -> PreTrainedModel:
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32)
-    return model.to(device).eval()
 
 
 def freeze_rounded(model: PreTrainedModel, path: Path) -> None:

@@ -12,8 +12,7 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from pipeline import imatrix, llama_cpp
 from pipeline.activations import HEAD, input_squares
@@ -29,6 +28,7 @@ from pipeline.gguf_names import matrix_names
 from pipeline.gguf_weights import head_tensor, read_matrices, write_kquants
 from pipeline.kquants import KTYPES
 from pipeline.llama_cpp import LlamaCpp
+from pipeline.loading import load_fp32
 from pipeline.matrices import block_matrices
 from pipeline.quant_types import check_types
 
@@ -65,18 +65,26 @@ def quantize(
     require_disk(sum(forecast.size_bytes for forecast in forecasts.values()), out)
     sequences = load_calibration(calibration, "train")
     if choice.importance:
-        write_importance(load(model, device), sequences, out / IMATRIX)
+        write_importance(load_fp32(model, device), sequences, out / IMATRIX)
 
     def encode(path: Path, kind: str) -> Facts:
         if cfg.encoder == "gptq" and kind != "F16":
-            return encode_file(load(model, device), sequences, path, keep_zeros)
+            return encode_file(load_fp32(model, device), sequences, path, keep_zeros)
         return {"encoder": "llama.cpp", "encoded_tensors": 0}
 
     limited = [kind for kind in cfg.types if cfg.max_bytes and kind not in UNQUANTIZED]
     if limited:
         held = load_calibration(calibration, "validation")
         choice, budget = choose_types(
-            f16, load(model, device), held, cfg.max_bytes, choice, encode, keep_zeros=keep_zeros, tools=tools, out=out
+            f16,
+            load_fp32(model, device),
+            held,
+            cfg.max_bytes,
+            choice,
+            encode,
+            keep_zeros=keep_zeros,
+            tools=tools,
+            out=out,
         )
         forecasts = {kind: foretell(contents, kind, tools, choice) for kind in cfg.types}
         require_disk(sum(forecast.size_bytes for forecast in forecasts.values()), out)
@@ -91,11 +99,6 @@ def quantize(
         if keep_zeros:
             require_zeros(files[-1], f16)
     return GgufSet(tuple(files))
-
-
-def load(checkpoint: Checkpoint, device: str) -> PreTrainedModel:
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32)
-    return model.to(device).eval()
 
 
 def write_importance(model: PreTrainedModel, sequences: list[list[int]], path: Path) -> None:

@@ -6,8 +6,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from pipeline.artifacts import Calibration, Checkpoint, Facts
 from pipeline.calibrate import load_calibration
@@ -15,6 +14,7 @@ from pipeline.config import RecoverConfig
 from pipeline.device import arithmetic_of
 from pipeline.distill import Group, Recipe, distill
 from pipeline.errors import CheckFailed
+from pipeline.loading import load_fp32
 from pipeline.matrices import block_matrices, ids_of_embeddings, weight_of
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ def recover(
     The blocks, norms and positions learn; token embeddings and head stay. Every zero of `pruned` is still zero:
     `CheckFailed` if not, or if the loss is not finite.
     """
-    student = load(pruned, device)
+    student = load_fp32(pruned, device)
     before = zero_counts(student)
     facts: Facts = {"steps": 0, "reason": "recover.steps is 0"}
     if cfg.steps and any(before.values()):
@@ -49,7 +49,7 @@ def recover(
             seed,
             cfg.features,
         )
-        facts = recover_model(student, load(tuned, device), train, validation, recipe)
+        facts = recover_model(student, load_fp32(tuned, device), train, validation, recipe)
         require_zeros(before, zero_counts(student))
         log.info(
             "recover: validation KL %.4f to %.4f nats a token", facts["validation_kl_before"], facts["validation_kl"]
@@ -59,11 +59,6 @@ def recover(
     student.cpu().save_pretrained(out)
     tuned.copy_tokenizer(out)
     return Checkpoint.of(out, facts | {"zeros": share_of_zeros(student)})
-
-
-def load(checkpoint: Checkpoint, device: str) -> PreTrainedModel:
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32)
-    return model.to(device).eval()  # no dropout: the teacher has none, and the steps are few
 
 
 def recover_model(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Generator, Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from pipeline import sparsity
 from pipeline.activations import HEAD, Gram, walk
@@ -17,6 +17,7 @@ from pipeline.artifacts import Calibration, Checkpoint, Facts
 from pipeline.calibrate import load_calibration
 from pipeline.config import SparsityConfig
 from pipeline.errors import CheckFailed, ConfigError
+from pipeline.loading import load_fp32
 from pipeline.masks import Target, global_masks
 from pipeline.matrices import block_matrices, weight_of
 from pipeline.refit import refit, reselect
@@ -35,7 +36,7 @@ def sparsify(
     does not fit, `CheckFailed` when a matrix holds a NaN or the measured share is not the one asked for.
     """
     check_method(cfg)
-    model = AutoModelForCausalLM.from_pretrained(dense.path, dtype=torch.float32).to(device).eval()
+    model = load_fp32(dense, device)
     modules = block_matrices(model)
     if model.config.model_type == "gpt2" and len(modules) != GPT2_MATRICES_PER_BLOCK * model.config.n_layer:
         raise CheckFailed(
