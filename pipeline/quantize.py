@@ -74,17 +74,9 @@ def quantize(
 
     limited = [kind for kind in cfg.types if cfg.max_bytes and kind not in UNQUANTIZED]
     if limited:
-        held = load_calibration(calibration, "validation")
+        whole, held = load_fp32(model, device), load_calibration(calibration, "validation")
         choice, budget = choose_types(
-            f16,
-            load_fp32(model, device),
-            held,
-            cfg.max_bytes,
-            choice,
-            encode,
-            keep_zeros=keep_zeros,
-            tools=tools,
-            out=out,
+            f16, whole, held, cfg.max_bytes, choice, encode, keep_zeros=keep_zeros, tools=tools, out=out
         )
         forecasts = {kind: foretell(contents, kind, tools, choice) for kind in cfg.types}
         require_disk(sum(forecast.size_bytes for forecast in forecasts.values()), out)

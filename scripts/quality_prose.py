@@ -19,10 +19,11 @@ import torch
 from gguf import GGMLQuantizationType
 from prose import prose, windows
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from pipeline import ledger
 from pipeline.activations import fast_arithmetic, input_squares
+from pipeline.artifacts import Checkpoint
 from pipeline.config import SparsityConfig
 from pipeline.device import arithmetic_of
 from pipeline.distill import Recipe
@@ -30,6 +31,7 @@ from pipeline.encode import encode_model
 from pipeline.finish import finish_model, kept_codes
 from pipeline.grid import padded, whole_blocks
 from pipeline.kquants import KQuant, unpack
+from pipeline.loading import load_fp32
 from pipeline.matrices import block_matrices, weight_of
 from pipeline.meter import Meter
 from pipeline.recover import recover_model
@@ -77,11 +79,11 @@ class Bench:
         self.draws = ledger.resample(len(self.held_out), 10_000, seed=0)
         self.rows: list[dict[str, Any]] = []
         if not (folder / "dense").exists():
-            load(model).save_pretrained(folder / "dense")
+            load_fp32(Checkpoint(model, ""), "cpu").save_pretrained(folder / "dense")
         self.dense = self.nats(self.load("dense"))
 
     def load(self, step: str) -> PreTrainedModel:
-        return load(self.folder / step).to(self.device)
+        return load_fp32(Checkpoint(self.folder / step, ""), self.device)
 
     @torch.inference_mode()
     def nats(self, model: PreTrainedModel) -> np.ndarray:
@@ -166,11 +168,6 @@ class Bench:
             return {key: value for key, value in facts.items() if key != "kquants"}
 
         return change
-
-
-def load(path: Path) -> PreTrainedModel:
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    return model.eval()
 
 
 def steps(bench: Bench) -> list[dict[str, Any]]:
