@@ -19,6 +19,7 @@ from pipeline.calibrate import first_of
 from pipeline.errors import ConfigError
 from pipeline.forecast import Choice, Forecast, foretell, stored_bytes
 from pipeline.gguf_file import BLOCK_MATRIX, GgufContents, role_of
+from pipeline.kept_zeros import KEEP_ZEROS
 from pipeline.llama_cpp import LlamaCpp
 from pipeline.sensitivity import FILE_TYPE, sensitivity
 
@@ -26,7 +27,6 @@ log = logging.getLogger(__name__)
 
 TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")  # from the smallest
 NARROW_TYPES = ("Q4_0", "Q5_0", "Q8_0")  # for rows that are no multiple of 256
-ZEROS_LOST = ("Q4_K", "Q5_K")  # zero is on their grid by accident only; on Q2_K's, too, but there our encoder puts it
 UNQUANTIZED = ("F32", "F16", "BF16")
 MEASURED_TOKENS = 2000
 
@@ -97,7 +97,7 @@ def roles_of(forecast: Forecast, *, keep_zeros: bool = False) -> dict[str, Role]
 def types_for(tensors: Mapping[str, Sequence[int]], keep_zeros: bool) -> tuple[str, ...]:
     types = TYPES if all(shape[0] % 256 == 0 for shape in tensors.values()) else NARROW_TYPES
     pruned = keep_zeros and any(BLOCK_MATRIX.fullmatch(tensor) for tensor in tensors)
-    return tuple(kind for kind in types if not (pruned and kind in ZEROS_LOST))
+    return tuple(kind for kind in types if not pruned or kind in KEEP_ZEROS)
 
 
 def choose_types(

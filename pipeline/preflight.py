@@ -17,6 +17,7 @@ from pipeline.config import JobConfig
 from pipeline.device import Device, choose_device, choose_precision
 from pipeline.errors import ConfigError, NotAllowed
 from pipeline.forecast import Forecast, forecasts_of, handle_fallbacks
+from pipeline.kept_zeros import require_types_with_zeros
 from pipeline.llama_cpp import LlamaCpp
 from pipeline.matrices import block_matrices, weight_of
 from pipeline.positions import LEARNED, require_extendable
@@ -47,7 +48,7 @@ def preflight(cfg: JobConfig) -> Ground:
 def check_model(base: Checkpoint, cfg: JobConfig, tools: LlamaCpp) -> None:
     """Settings against the base model, before an hour is spent on it. Raises `ConfigError`."""
     check_shape(base, cfg)
-    if cfg.quantize.fallback == "error" or cfg.gate.max_bytes or cfg.quantize.max_bytes:
+    if cfg.quantize.fallback == "error" or cfg.gate.max_bytes or cfg.quantize.max_bytes or cfg.sparsity.keep_zeros:
         context = cfg.export.context
         check_files(
             forecasts_of(
@@ -93,6 +94,8 @@ def check_files(forecasts: Mapping[str, Forecast], cfg: JobConfig) -> None:
         forecast = least(forecasts[kind], file, cfg.quantize.max_bytes)
         if cfg.quantize.fallback == "error":
             handle_fallbacks(kind, forecast.fallbacks, "error")
+        if cfg.sparsity.keep_zeros:
+            require_types_with_zeros(kind, forecast)
         check_size(file, forecast.size_bytes, cfg)
 
 

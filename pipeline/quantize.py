@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -21,11 +22,12 @@ from pipeline.budget import UNQUANTIZED, choose_types, least
 from pipeline.calibrate import load_calibration
 from pipeline.config import QuantizeConfig
 from pipeline.encode import encode_model
-from pipeline.errors import CheckFailed, MachineError
+from pipeline.errors import MachineError
 from pipeline.forecast import DATASET, IMATRIX, Choice, Forecast, foretell, handle_fallbacks, require_foretold
 from pipeline.gguf_file import GgufContents
 from pipeline.gguf_names import matrix_names
 from pipeline.gguf_weights import head_tensor, read_matrices, write_kquants
+from pipeline.kept_zeros import cost_of_zeros, require_types_with_zeros, require_zeros
 from pipeline.kquants import KTYPES
 from pipeline.llama_cpp import LlamaCpp
 from pipeline.loading import load_fp32
@@ -50,9 +52,9 @@ def quantize(
     """One file NAME-TYPE.gguf for each type of `cfg`; F16 is the exported file itself.
 
     `model` is the checkpoint behind `f16`, measured on `calibration`. `keep_zeros`: zeros of its block matrices are
-    zeros in the file. Raises `ConfigError` for an unknown type, a fallback where `cfg.fallback` is error, or a budget
-    that is too small; `CheckFailed` when a file is not what was foretold, `MachineError` when the disk is too small.
-    All before the first is written, if it can be.
+    zeros in the file. Raises `ConfigError` for an unknown type, one that loses zeros that are to be kept, a fallback
+    where `cfg.fallback` is error, or a budget that is too small; `CheckFailed` when a file is not what was foretold,
+    `MachineError` when the disk is too small. All before the first is written, if it can be.
     """
     check_types(cfg.types, cfg.importance)
     contents = GgufContents(f16.path)
@@ -62,12 +64,14 @@ def quantize(
     }
     for kind, forecast in forecasts.items():
         handle_fallbacks(kind, forecast.fallbacks, cfg.fallback)
+        if keep_zeros:
+            require_types_with_zeros(kind, forecast)
     require_disk(sum(forecast.size_bytes for forecast in forecasts.values()), out)
     sequences = load_calibration(calibration, "train")
     if choice.importance:
         write_importance(load_fp32(model, device), sequences, out / IMATRIX)
 
-    def encode(path: Path, kind: str) -> Facts:
+    def encode(path: Path, kind: str, keep_zeros: bool = keep_zeros) -> Facts:
         if cfg.encoder == "gptq" and kind != "F16":
             return encode_file(load_fp32(model, device), sequences, path, keep_zeros)
         return {"encoder": "llama.cpp", "encoded_tensors": 0}
@@ -87,6 +91,10 @@ def quantize(
         ours = encode(path, kind) | {"importance": cfg.importance}
         if kind in limited:
             ours |= {"budget": budget}
+        if ours.get("keep_zeros"):
+            held = load_calibration(calibration, "validation")
+            free = partial(encode, kind=kind, keep_zeros=False)
+            ours |= {"zeros_cost": cost_of_zeros(load_fp32(model, device), path, held, free)}
         files.append(described(path, kind, forecast, ours))
         if keep_zeros:
             require_zeros(files[-1], f16)
@@ -128,15 +136,6 @@ def encode_file(model: PreTrainedModel, sequences: list[list[int]], path: Path, 
         write_kquants(model, path, encode_model(model, sequences, ours, others=others, keep_zeros=keep_zeros))
     log.info("quantize: %d tensors of %s encoded with error feedback", len(ours), path.name)
     return {"encoder": "gptq", "encoded_tensors": len(ours), "keep_zeros": keep_zeros}
-
-
-def require_zeros(file: GgufFile, f16: GgufFile) -> None:
-    if file.facts["zeros"] < f16.facts["zeros"]:
-        raise CheckFailed(
-            f"{file.path.name} has {file.facts['zeros']:.4f} of its weights at zero, before rounding it were "
-            f"{f16.facts['zeros']:.4f}: {file.type} stores matrices in types that lose zeros, and sparsity.keep_zeros "
-            "was asked for; choose Q2_K, Q3_K_S or Q6_K in quantize.types"
-        )
 
 
 def described(path: Path, kind: str, forecast: Forecast, ours: Facts) -> GgufFile:

@@ -109,6 +109,13 @@ def test_a_size_that_is_chosen_under_a_budget_is_held_to_the_budget(foretold, ga
         check_size("toy.gguf", foretold, cfg)
 
 
+def test_a_type_that_loses_zeros_that_are_to_be_kept_is_refused_before_training(toy_gpt2, llama_cpp, tmp_path):
+    base = Checkpoint.of(toy_gpt2, {})
+    with pytest.raises(ConfigError, match=r"sparsity\.keep_zeros needs types that can hold a zero, but Q4_K_M stores"):
+        check_model(base, job(tmp_path, **{"sparsity.keep_zeros": "true", "quantize.types": "Q4_K_M"}), llama_cpp)
+    check_model(base, job(tmp_path, **{"sparsity.keep_zeros": "true"}), llama_cpp)
+
+
 @pytest.mark.slow
 def test_a_fallback_that_is_an_error_is_refused_before_training(gpt2_vocab, llama_cpp, tmp_path):
     narrow = make(tmp_path / "narrow", gpt2_vocab, layers=1, width=96, heads=4)

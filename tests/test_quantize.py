@@ -122,6 +122,9 @@ def test_pruned_weights_stay_zero_in_symmetric_types_and_are_counted(ours):
 def test_zeros_that_are_kept_are_exact_in_every_type(toy, llama_cpp, tmp_path):
     (file,) = run(toy, llama_cpp, tmp_path, QuantizeConfig(), keep_zeros=True)
     assert file.facts["keep_zeros"] is True and file.facts["zeros"] > 0.4999
+    cost = file.facts["zeros_cost"]
+    assert 0 < cost["kl_free"] < cost["kl_kept"] < 100 * cost["kl_free"]
+    assert {path.name for path in tmp_path.glob("*.gguf")} == {"toy-Q2_K.gguf", IMATRIX}
     before, after = GgufContents(toy.f16.path).matrices, GgufContents(file.path).matrices
     for name, tensor in before.items():
         stored = dequantize(after[name].data, after[name].tensor_type)
@@ -129,8 +132,14 @@ def test_zeros_that_are_kept_are_exact_in_every_type(toy, llama_cpp, tmp_path):
 
 
 def test_a_type_that_loses_zeros_is_refused_where_they_are_to_be_kept(toy, llama_cpp, tmp_path):
-    with pytest.raises(CheckFailed, match=r"toy-Q4_K_M\.gguf has 0\.\d+ of its weights at zero, .*: Q4_K_M stores"):
-        run(toy, llama_cpp, tmp_path, QuantizeConfig(types=("Q4_K_M",), encoder="llama.cpp"), keep_zeros=True)
+    with pytest.raises(ConfigError, match=r"but Q4_K_M stores blk\.0\.\w+\.weight as Q[45]_K; choose"):
+        run(toy, llama_cpp, tmp_path, QuantizeConfig(types=("Q4_K_M",)), keep_zeros=True)
+    assert not list(tmp_path.glob("*.gguf"))
+
+
+def test_zeros_that_were_lost_after_all_are_a_failed_check(toy, llama_cpp, tmp_path):
+    with pytest.raises(CheckFailed, match=r"toy-Q2_K\.gguf has 0\.\d+ of its weights at zero, .* was asked for"):
+        run(toy, llama_cpp, tmp_path, STOCK, keep_zeros=True)
 
 
 def test_the_file_does_not_tell_where_it_was_made(ours, toy):
