@@ -186,7 +186,9 @@ class RecoverConfig(Section):
 
     steps: int = Field(60, ge=0, description="Optimizer steps; 0: no recovery.")
     batch_tokens: int = Field(1024, ge=32, description="Tokens a step at most.")
-    learning_rate: float = Field(1e-4, gt=0, le=1, description="The highest learning rate of the schedule.")
+    learning_rate: float = Field(
+        1e-4, gt=0, le=1, description="The highest learning rate of the schedule; norms and biases get 20 times that."
+    )
     features: float = Field(
         0.0, ge=0, description="Weight of the difference in the blocks' outputs, beside that in the predictions."
     )
@@ -240,7 +242,13 @@ class FinishConfig(Section):
         "scales of the matrices.",
     )
     batch_tokens: int = Field(1024, ge=32, description="Tokens a step at most.")
-    learning_rate: float = Field(5e-5, gt=0, le=1, description="The highest learning rate of the schedule.")
+    learning_rate: float = Field(
+        5e-5,
+        gt=0,
+        le=1,
+        description="The highest learning rate of the schedule; norms and biases get 20 times that, codes 100 times, "
+        "scales 10 times.",
+    )
     patience: int = Field(3, ge=1, description="Stop after this many validations without a lower loss.")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="As in recovery.")
 

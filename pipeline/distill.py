@@ -10,7 +10,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +31,9 @@ log = logging.getLogger(__name__)
 WARMUP = 0.1  # share of the steps over which the learning rate rises; then it falls to zero along a cosine
 VALIDATIONS = 8  # in a whole run
 GRADIENT_NORM = 1.0
+# Of norms and biases, beside matrices: every token moves each of them, so they bear larger steps. Measured on SmolLM2's
+# recovery: 1 gives a KL of 0.441 nats a token after 30 steps, 20 gives 0.432.
+VECTOR_RATE = 20.0
 
 Sequences = Sequence[Sequence[int]]
 
@@ -52,6 +55,12 @@ class Group:
 
     parameters: list[nn.Parameter]
     rate: float = 1.0
+
+
+def grouped_by_rank(parameters: Iterable[nn.Parameter]) -> list[Group]:
+    """Matrices and vectors, each with its rate."""
+    found = list(parameters)
+    return [Group([p for p in found if p.ndim > 1]), Group([p for p in found if p.ndim == 1], VECTOR_RATE)]
 
 
 def distill(

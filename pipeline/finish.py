@@ -19,7 +19,7 @@ from pipeline.artifacts import Calibration, Checkpoint, Facts, GgufFile, GgufSet
 from pipeline.calibrate import load_calibration
 from pipeline.config import FinishConfig
 from pipeline.device import arithmetic_of
-from pipeline.distill import Group, Recipe, distill
+from pipeline.distill import Group, Recipe, distill, grouped_by_rank
 from pipeline.encode import kept_at_zero
 from pipeline.errors import CheckFailed
 from pipeline.gguf_file import GgufContents
@@ -39,7 +39,7 @@ from pipeline.matrices import block_matrices, ids_of_embeddings, weight_of
 
 log = logging.getLogger(__name__)
 
-# The learning rate is that of the vectors. A place lies in a cell one wide, where a weight is about a tenth of that,
+# Times the learning rate. A place lies in a cell one wide, where a weight is about a tenth of that,
 # and a gain is relative to its scale.
 PLACE_RATE = 100.0
 GAIN_RATE = 10.0
@@ -140,7 +140,7 @@ def finish_model(
     grids: dict[str, Grid] = {
         name: put_on_grid(modules[name], kquant, weights[name], kept[name]) for name, kquant in kquants.items()
     }
-    groups = [Group(vectors)]
+    groups = grouped_by_rank(vectors)
     if grids:
         groups.append(Group([grid.place for grid in grids.values()], PLACE_RATE))
         groups.append(Group([gain for grid in grids.values() for gain in (grid.gain, grid.min_gain)], GAIN_RATE))

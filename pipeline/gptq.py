@@ -15,6 +15,7 @@ from torch import Tensor
 from pipeline import kquant_fit as fit
 from pipeline.errors import CheckFailed
 from pipeline.kquants import BLOCK, GROUP, GROUPS, KTYPES, KQuant
+from pipeline.rows import in_parts
 
 ROWS = 4096  # encoded at once: bounds memory to about 1 GB, changes no result
 
@@ -30,11 +31,11 @@ def encode(
     """
     if not torch.isfinite(weight).all():
         raise CheckFailed("a matrix to be quantized has weights that are not finite; train the model again")
-    parts = [
-        encode_rows(weight[part].float(), factor, kind, None if kept is None else kept[part], keep_zeros)
-        for part in torch.split(torch.arange(len(weight), device=weight.device), ROWS)
-    ]
-    return KQuant.joined(parts)
+
+    def part(rows: Tensor) -> KQuant:
+        return encode_rows(weight[rows].float(), factor, kind, None if kept is None else kept[rows], keep_zeros)
+
+    return KQuant.joined(in_parts(part, len(weight), ROWS, weight.device))
 
 
 def encode_rows(weight: Tensor, factor: Tensor, kind: str, kept: Tensor | None, keep_zeros: bool) -> KQuant:

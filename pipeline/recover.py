@@ -12,7 +12,7 @@ from pipeline.artifacts import Calibration, Checkpoint, Facts
 from pipeline.calibrate import load_calibration
 from pipeline.config import RecoverConfig
 from pipeline.device import arithmetic_of
-from pipeline.distill import Group, Recipe, distill
+from pipeline.distill import Recipe, distill, grouped_by_rank
 from pipeline.errors import CheckFailed
 from pipeline.loading import load_fp32
 from pipeline.matrices import block_matrices, ids_of_embeddings, weight_of
@@ -77,7 +77,7 @@ def recover_model(
             weight.mul_(kept)
 
     return distill(
-        student, teacher, train, validation, [Group(learning)], recipe, what="recover", after_step=keep_zeros
+        student, teacher, train, validation, grouped_by_rank(learning), recipe, what="recover", after_step=keep_zeros
     )
 
 

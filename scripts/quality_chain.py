@@ -53,15 +53,10 @@ def run(name: str, settings: dict[str, str], model: str, inputs: Sequence[str], 
     }
     figures = job.run(resolve(flags, {})).metrics
     last = figures["ledger"][-1]
-    compressing = [
-        stage for stage in figures["stages"] if stage["name"] in ("sparsify", "recover", "quantize", "finish")
-    ]
+    compressing = [stage for stage in figures["stages"] if stage["name"] in STEPS]
     return {
         "way": name,
-        **{
-            key: last[key]
-            for key in ("perplexity", "ppl_ratio", "kl_mean", "same_top", "size_bytes", "zeros", "tokens")
-        },
+        **{key: last[key] for key in FIGURES},
         "seconds": {stage["name"]: stage["seconds"] for stage in compressing},
         "peak_memory_bytes": max(stage["peak_memory_bytes"] for stage in compressing),
     }

@@ -38,7 +38,7 @@ from pipeline.recover import recover_model
 from pipeline.sparsify import prune_model
 
 WINDOW = 256  # tokens
-FITTED = 256  # windows that pruning and encoding are fitted to: 65,536 tokens
+FITTED = 128  # windows that pruning and encoding are fitted to: 32,768 tokens, the job's default
 VALIDATION = 16  # windows that training stops by
 HELD_OUT = 96  # windows scored: 24,576 tokens
 DOCUMENT = "<|endoftext|>"  # what SmolLM2 saw before every document in its pretraining
@@ -55,8 +55,8 @@ def gpt2_type(name: str) -> str:
 class Effort:
     """How long the two trainings are."""
 
-    recover_steps: int = 110
-    finish_steps: int = 100
+    recover_steps: int = 90
+    finish_steps: int = 90
     batch_tokens: int = 2048
     recover_rate: float = 2e-4
     finish_rate: float = 1e-4

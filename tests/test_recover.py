@@ -12,7 +12,7 @@ from pipeline.recover import recover, require_zeros, zero_counts
 from tests.calibrated import calibration_in
 from tests.test_distill import TEXTS, gpt2, llama
 
-CFG = RecoverConfig(steps=8, batch_tokens=32, learning_rate=3e-3, patience=9)
+CFG = RecoverConfig(steps=8, batch_tokens=32, learning_rate=1e-3, patience=9)
 
 
 def saved(model, folder):
