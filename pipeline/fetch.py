@@ -71,7 +71,7 @@ def resolve(inputs: Sequence[str], cfg: DataConfig) -> list[Input]:
     found: dict[str, Input] = {}
     for given in inputs:
         if not given.strip():
-            raise ConfigError("an input is empty text; give a file, a folder or a gs:// URI, or leave it out")
+            raise ConfigError("an input is empty text; give a file, a folder or a bucket's URI, or leave it out")
         is_local = scheme_of(given) in ("", "file")
         for source in local_inputs(given, cfg) if is_local else remote_inputs(given, cfg):
             identity = str(source.place) if isinstance(source.place, Path) else source.uri

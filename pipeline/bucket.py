@@ -1,0 +1,233 @@
+"""A store in a bucket, whatever the service: checksums, tries and preconditions around the handful of requests that
+a scheme's file knows how to make (`storage/gs.py`, `storage/s3.py`)."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Protocol
+
+from pipeline.errors import (
+    ConfigError,
+    InputMissing,
+    NotAllowed,
+    QuotesmithError,
+    ServiceUnavailable,
+    TransferError,
+    TryLater,
+)
+from pipeline.progress import transfer
+from pipeline.retrying import Deadline, retry
+from pipeline.storage import Crc32c, Stat, check_listed, check_name, crc32c_of
+from pipeline.storage.local import sync, written
+from pipeline.storage.local import translated as disk_errors_translated
+
+WRITE_ATTEMPTS = 5  # when somebody else writes the same object meanwhile
+PAGE_OBJECTS = 1000
+BUSY = (408, 429)
+
+Body = bytes | Path
+Page = tuple[list[tuple[str, int]], str | None]  # (name, bytes) of objects, and the token of the next page
+Report = Callable[[int], object]  # told how many bytes are through
+
+
+class Overtaken(TransferError):
+    """The object is no longer the one that was looked up."""
+
+
+class Requests(Protocol):
+    """What a scheme can do. Each is one try that raises our errors; those of `retrying.PASSING` are tried again."""
+
+    uri: str
+
+    def head(self, name: str) -> Stat | None: ...
+
+    def fetch(self, name: str, found: Stat, start: int, take: Callable[[bytes], object]) -> None:
+        """Hand over the bytes of just that version from `start` on; Overtaken if there is another one now."""
+
+    def send(self, name: str, data: Body, expected: str | None, deadline: Deadline, report: Report) -> bool:
+        """Write if the object has the version `expected` (None: if there is none); False if it has not."""
+
+    def page(self, prefix: str, token: str | None, limit: int) -> Page:
+        """(name, bytes) of `limit` objects at most, and the token of the next page; None: that was the last."""
+
+    def remove(self, name: str, version: str) -> None:
+        """Nothing happens if it is gone already."""
+
+
+class BucketStore:
+    """`storage.Store` over `requests`."""
+
+    def __init__(self, requests: Requests) -> None:
+        self.requests = requests
+        self.uri = requests.uri
+
+    def stat(self, name: str) -> Stat | None:
+        return self._head(name, Deadline())
+
+    def get(self, name: str, to: Path) -> None:
+        found = self._found(name)
+        with disk_errors_translated(to), written(to) as temporary:
+            with temporary.open("wb") as file, transfer(f"download {self._uri(name)}", found.size) as report:
+                self._download(name, found, file, report)
+            sync(temporary)
+            temporary.replace(to)
+
+    def read(self, name: str) -> bytes:
+        file = io.BytesIO()
+        self._download(name, self._found(name), file, lambda _: None)
+        return file.getvalue()
+
+    def put(self, name: str, path: Path) -> None:
+        with disk_errors_translated(path):
+            size, crc32c = path.stat().st_size, crc32c_of(path)
+        deadline = Deadline(size)
+        for _ in range(WRITE_ATTEMPTS):
+            found = self._head(name, deadline)
+            if found and (found.size, found.crc32c) == (size, crc32c):
+                return
+            if self._send(name, path, found.version if found else None, deadline):
+                return
+        raise TryLater(f"{self._uri(name)} keeps being written by somebody else; stop the other run or wait")
+
+    def put_if_absent(self, name: str, data: Body) -> bool:
+        return self._send(name, data, None)
+
+    def compare_and_swap(self, name: str, data: bytes, expected_version: str | None) -> bool:
+        if self._send(name, data, expected_version):
+            return True
+        # This very write may have landed and its response been lost.
+        try:
+            return self.read(name) == data
+        except InputMissing:
+            return False
+
+    def list(self, prefix: str) -> Iterator[tuple[str, int]]:
+        token: str | None = None
+        while True:
+            page, token = self._page(prefix, token)
+            for name, size in page:
+                if not name.endswith("/"):  # the consoles' stand-ins for folders
+                    yield check_listed(name, self.uri), size
+            if token is None:
+                return
+
+    def probe(self) -> None:
+        name = f".probe-{uuid.uuid4().hex}"
+        self.put_if_absent(name, b"probe")
+        found = self._found(name)
+        if self.read(name) != b"probe":
+            raise TransferError(f"{self.uri} did not give back what was written to it; try again")
+        retry(lambda: self.requests.remove(name, found.version), Deadline(), self._uri(name))
+
+    def _head(self, name: str, deadline: Deadline) -> Stat | None:
+        check_name(name)
+        return retry(lambda: self.requests.head(name), deadline, self._uri(name))
+
+    def _found(self, name: str) -> Stat:
+        found = self._head(name, Deadline())
+        if found is None:
+            raise InputMissing(f"{self._uri(name)} does not exist; check the bucket and the name")
+        return found
+
+    def _page(self, prefix: str, token: str | None) -> Page:
+        return retry(lambda: self.requests.page(prefix, token, PAGE_OBJECTS), Deadline(), self._uri(prefix))
+
+    def _send(self, name: str, data: Body, expected: str | None, deadline: Deadline | None = None) -> bool:
+        check_name(name)
+        with disk_errors_translated(data if isinstance(data, Path) else Path(name)):
+            return self._send_all(name, data, expected, deadline)
+
+    def _send_all(self, name: str, data: Body, expected: str | None, deadline: Deadline | None) -> bool:
+        size = len(data) if isinstance(data, bytes) else data.stat().st_size
+        limit = deadline or Deadline(size)
+        with transfer(f"upload {self._uri(name)}", size) as report:
+
+            def told(position: int) -> None:
+                if not limit.left():  # nobody waits for this thread any more
+                    raise ServiceUnavailable(f"{self._uri(name)} is not done in time; check the network")
+                report(position)
+
+            return retry(lambda: self.requests.send(name, data, expected, limit, told), limit, self._uri(name))
+
+    def _download(self, name: str, found: Stat, file: IO[bytes], report: Report) -> None:
+        arrival = Arrival(found, file, report)
+
+        def go_on() -> None:
+            try:
+                if arrival.size < arrival.found.size:
+                    self.requests.fetch(name, arrival.found, arrival.size, arrival.take)
+                arrival.check(self._uri(name))
+            except Overtaken:
+                newer = self.requests.head(name)
+                if newer is None:
+                    raise InputMissing(f"{self._uri(name)} was deleted while it was read; start again") from None
+                arrival.restart(newer)
+                raise
+
+        retry(go_on, Deadline(found.size), self._uri(name))
+
+    def _uri(self, name: str) -> str:
+        return f"{self.uri}/{name}"
+
+
+class Arrival:
+    """The bytes of an object so far; a broken transfer goes on where it ended, a corrupt one starts over."""
+
+    def __init__(self, found: Stat, file: IO[bytes], report: Report) -> None:
+        self.file, self.report = file, report
+        self.restart(found)
+
+    def restart(self, found: Stat) -> None:
+        self.found = found
+        self.size = 0
+        self.crc32c = Crc32c()
+        self.md5 = hashlib.md5(usedforsecurity=False)
+        self.file.seek(0)
+        self.file.truncate()
+        self.report(0)
+
+    def take(self, chunk: bytes) -> None:
+        self.file.write(chunk)
+        self.size += len(chunk)
+        if self.found.crc32c:
+            self.crc32c.update(chunk)
+        elif self.found.md5:
+            self.md5.update(chunk)
+        self.report(self.size)
+
+    def check(self, uri: str) -> None:
+        """TransferError unless these are the object's bytes."""
+        if self.size < self.found.size:
+            raise TransferError(f"{uri} broke off after {self.size} of {self.found.size} bytes; try again")
+        if self.size > self.found.size or not self.is_intact():
+            self.restart(self.found)
+            raise TransferError(f"{uri} arrived with a wrong checksum; try again")
+
+    def is_intact(self) -> bool:
+        if self.found.crc32c:
+            return self.crc32c.text() == self.found.crc32c
+        return not self.found.md5 or base64.b64encode(self.md5.digest()).decode() == self.found.md5
+
+
+def verdict(code: int) -> tuple[type[QuotesmithError], str]:
+    """The error behind an HTTP status, and what to do."""
+    if code in (401, 403):
+        return NotAllowed, "give this job's account the right to list, read, create and delete objects there"
+    if code == 404:
+        return InputMissing, "check the bucket and the name"
+    if code == 409:
+        return TryLater, "somebody else writes it at this moment; try again"
+    if code == 412:
+        return Overtaken, "it changed meanwhile; try again"
+    if code in BUSY or code >= 500:
+        return ServiceUnavailable, "try later"
+    return ConfigError, "the server refuses the request; check the bucket and the name"
+
+
+def first_line(message: object) -> str:
+    return str(message).strip().split("\n")[0][:300]
