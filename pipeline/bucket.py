@@ -21,7 +21,7 @@ from pipeline.errors import (
     TryLater,
 )
 from pipeline.progress import transfer
-from pipeline.retrying import Deadline, retry
+from pipeline.retrying import PASSING, Deadline, retry
 from pipeline.storage import Crc32c, Stat, check_listed, check_name, crc32c_of
 from pipeline.storage.local import sync, written
 from pipeline.storage.local import translated as disk_errors_translated
@@ -100,11 +100,7 @@ class BucketStore:
     def compare_and_swap(self, name: str, data: bytes, expected_version: str | None) -> bool:
         if self._send(name, data, expected_version):
             return True
-        # This very write may have landed and its response been lost.
-        try:
-            return self.read(name) == data
-        except InputMissing:
-            return False
+        return self._reads(name, data)  # what lies between here and the server may have repeated this write unseen
 
     def list(self, prefix: str) -> Iterator[tuple[str, int]]:
         token: str | None = None
@@ -152,7 +148,30 @@ class BucketStore:
                     raise ServiceUnavailable(f"{self._uri(name)} is not done in time; check the network")
                 report(position)
 
-            return retry(lambda: self.requests.send(name, data, expected, limit, told), limit, self._uri(name))
+            broke = False
+
+            def send() -> bool:
+                nonlocal broke
+                try:
+                    return self.requests.send(name, data, expected, limit, told)
+                except PASSING:
+                    broke = True
+                    raise
+
+            # After a try that broke, what stands there can be what it wrote.
+            return retry(send, limit, self._uri(name)) or (broke and self._holds(name, data))
+
+    def _holds(self, name: str, data: Body) -> bool:
+        if isinstance(data, bytes):
+            return self._reads(name, data)
+        found = self._head(name, Deadline())
+        return found is not None and (found.size, found.crc32c) == (data.stat().st_size, crc32c_of(data))
+
+    def _reads(self, name: str, data: bytes) -> bool:
+        try:
+            return self.read(name) == data
+        except InputMissing:
+            return False
 
     def _download(self, name: str, found: Stat, file: IO[bytes], report: Report) -> None:
         arrival = Arrival(found, file, report)

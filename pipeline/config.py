@@ -296,7 +296,7 @@ class JobConfig(Section):
 
     input: tuple[str, ...] = Field(
         (),
-        description="Files, folders, globs, or gs:// and s3:// objects and prefixes. Default: the embedded sample corpus.",
+        description="Files, folders, globs, or gs:// and s3:// objects and prefixes. Default: the sample corpus.",
     )
     output: str = Field("out", min_length=1, description="A folder or a gs:// or s3:// prefix for the release.")
     name: ReleaseName = Field("gpt2-ye-trump", description="Files are called NAME-TYPE.gguf.")

@@ -36,16 +36,18 @@ def transfer(what: str, size_bytes: int) -> Iterator[Callable[[int], None]]:
     """A function to be told how many bytes are through, which can go back when a part is sent again.
 
     From `LOGGED_BYTES` on there is a bar or, where bars are not wanted, a line now and then; and a last line with
-    MB and MB/s.
+    MB and MB/s, if all of it went through.
     """
     if size_bytes < LOGGED_BYTES:
         yield lambda position: None
         return
     started = told = time.monotonic()
+    through = 0
     with tqdm(total=size_bytes, desc=what, unit="B", unit_scale=True, leave=False, disable=not wanted()) as shown:
 
         def report(position: int) -> None:
-            nonlocal told
+            nonlocal told, through
+            through = position
             shown.update(position - shown.n)
             now = time.monotonic()
             if shown.disable and now - told >= LOGGED_SECONDS:
@@ -53,6 +55,8 @@ def transfer(what: str, size_bytes: int) -> Iterator[Callable[[int], None]]:
                 log.info("%s: %s of %.1f MB", what, speed(position, now - started), size_bytes / 1e6)
 
         yield report
+    if through < size_bytes:
+        return  # it was not wanted: the object is there
     log.info("%s: %s", what, speed(size_bytes, time.monotonic() - started))
 
 

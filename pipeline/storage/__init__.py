@@ -53,8 +53,8 @@ class Store(Protocol):
         """Write or overwrite; readers see the old object or the new one, never a part."""
 
     def put_if_absent(self, name: str, data: bytes | Path) -> bool:
-        """True: written. False: an object of that name stands and is left alone; it can be this very
-        write, if the response to it was lost, so compare before calling it a conflict."""
+        """True: written. False: an object of that name stands and is left alone. It can still be this very
+        write, repeated on the way, so compare before calling it a conflict."""
 
     def compare_and_swap(self, name: str, data: bytes, expected_version: str | None) -> bool:
         """Write if the object still has that version (None: if there is none); False if it has not."""

@@ -84,7 +84,7 @@ class GsRequests:
                     content_type="application/octet-stream",
                     if_generation_match=int(expected or 0),
                     timeout=(piece_seconds(), retrying.read_seconds()),
-                    retry=DEFAULT_RETRY.with_timeout(max(0.01, deadline.left())),
+                    retry=DEFAULT_RETRY.with_timeout(max(0.01, deadline.left())) if file.size > PIECE_BYTES else None,
                 )
             except api.PreconditionFailed:
                 return False
