@@ -6,11 +6,16 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import math
+import threading
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO, Protocol, TypeVar
 
+from pipeline import retrying
 from pipeline.errors import (
     ConfigError,
     InputMissing,
@@ -21,10 +26,12 @@ from pipeline.errors import (
     TryLater,
 )
 from pipeline.progress import transfer
-from pipeline.retrying import PASSING, Deadline, retry
+from pipeline.retrying import Deadline, retry, try_seconds
 from pipeline.storage import Crc32c, Stat, check_listed, check_name, crc32c_of
 from pipeline.storage.local import sync, written
 from pipeline.storage.local import translated as disk_errors_translated
+
+Result = TypeVar("Result")
 
 WRITE_ATTEMPTS = 5  # when somebody else writes the same object meanwhile
 PAGE_OBJECTS = 1000
@@ -118,11 +125,11 @@ class BucketStore:
         found = self._found(name)
         if self.read(name) != b"probe":
             raise TransferError(f"{self.uri} did not give back what was written to it; try again")
-        retry(lambda: self.requests.remove(name, found.version), Deadline(), self._uri(name))
+        self._retry(lambda: self.requests.remove(name, found.version), Deadline(), name)
 
     def _head(self, name: str, deadline: Deadline) -> Stat | None:
         check_name(name)
-        return retry(lambda: self.requests.head(name), deadline, self._uri(name))
+        return self._retry(lambda: self.requests.head(name), deadline, name)
 
     def _found(self, name: str) -> Stat:
         found = self._head(name, Deadline())
@@ -131,7 +138,7 @@ class BucketStore:
         return found
 
     def _page(self, prefix: str, token: str | None) -> Page:
-        return retry(lambda: self.requests.page(prefix, token, PAGE_OBJECTS), Deadline(), self._uri(prefix))
+        return self._retry(lambda: self.requests.page(prefix, token, PAGE_OBJECTS), Deadline(), prefix)
 
     def _send(self, name: str, data: Body, expected: str | None, deadline: Deadline | None = None) -> bool:
         check_name(name)
@@ -142,24 +149,23 @@ class BucketStore:
         size = len(data) if isinstance(data, bytes) else data.stat().st_size
         limit = deadline or Deadline(size)
         with transfer(f"upload {self._uri(name)}", size) as report:
-
-            def told(position: int) -> None:
-                if not limit.left():  # nobody waits for this thread any more
-                    raise ServiceUnavailable(f"{self._uri(name)} is not done in time; check the network")
-                report(position)
-
-            broke = False
+            tries = 0
 
             def send() -> bool:
-                nonlocal broke
-                try:
-                    return self.requests.send(name, data, expected, limit, told)
-                except PASSING:
-                    broke = True
-                    raise
+                nonlocal tries
+                tries = mine = tries + 1
 
+                def told(position: int) -> None:
+                    if mine < tries or not limit.left():  # nobody waits for this try any more
+                        raise ServiceUnavailable(f"{self._uri(name)} was not done in time; check the network")
+                    report(position)
+
+                return self.requests.send(name, data, expected, limit, told)
+
+            # Pieces are tried again one by one, in the scheme's file.
+            one_try = math.inf if size > retrying.PIECE_BYTES else try_seconds(size)
             # After a try that broke, what stands there can be what it wrote.
-            return retry(send, limit, self._uri(name)) or (broke and self._holds(name, data))
+            return retry(send, limit, self._uri(name), one_try) or (tries > 1 and self._holds(name, data))
 
     def _holds(self, name: str, data: Body) -> bool:
         if isinstance(data, bytes):
@@ -177,31 +183,74 @@ class BucketStore:
         arrival = Arrival(found, file, report)
 
         def go_on() -> None:
+            number = arrival.begin()
             try:
                 if arrival.size < arrival.found.size:
-                    self.requests.fetch(name, arrival.found, arrival.size, arrival.take)
-                arrival.check(self._uri(name))
+                    self.requests.fetch(name, arrival.found, arrival.size, partial(arrival.take, number))
+                arrival.check(number, self._uri(name))
             except Overtaken:
                 newer = self.requests.head(name)
                 if newer is None:
                     raise InputMissing(f"{self._uri(name)} was deleted while it was read; start again") from None
-                arrival.restart(newer)
+                arrival.restart(number, newer)
                 raise
 
-        retry(go_on, Deadline(found.size), self._uri(name))
+        retry(go_on, Deadline(found.size), self._uri(name), try_seconds(found.size))
+
+    def _retry(self, act: Callable[[], Result], deadline: Deadline, name: str) -> Result:
+        return retry(act, deadline, self._uri(name), try_seconds())
 
     def _uri(self, name: str) -> str:
         return f"{self.uri}/{name}"
 
 
 class Arrival:
-    """The bytes of an object so far; a broken transfer goes on where it ended, a corrupt one starts over."""
+    """The bytes of an object so far; a broken transfer goes on where it ended, a corrupt one starts over.
+
+    Tries are numbered: one that was left behind can still be running, and nothing is taken from it.
+    """
 
     def __init__(self, found: Stat, file: IO[bytes], report: Report) -> None:
         self.file, self.report = file, report
-        self.restart(found)
+        self.number, self.lock = 0, threading.Lock()
+        self._empty(found)
 
-    def restart(self, found: Stat) -> None:
+    def begin(self) -> int:
+        with self.lock:
+            self.number += 1
+            return self.number
+
+    def take(self, number: int, chunk: bytes) -> None:
+        with self._turn(number):
+            self.file.write(chunk)
+            self.size += len(chunk)
+            if self.found.crc32c:
+                self.crc32c.update(chunk)
+            elif self.found.md5:
+                self.md5.update(chunk)
+            self.report(self.size)
+
+    def restart(self, number: int, found: Stat) -> None:
+        with self._turn(number):
+            self._empty(found)
+
+    def check(self, number: int, uri: str) -> None:
+        """TransferError unless these are the object's bytes."""
+        with self._turn(number):
+            if self.size < self.found.size:
+                raise TransferError(f"{uri} broke off after {self.size} of {self.found.size} bytes; try again")
+            if self.size > self.found.size or not self.is_intact():
+                self._empty(self.found)
+                raise TransferError(f"{uri} arrived with a wrong checksum; try again")
+
+    @contextmanager
+    def _turn(self, number: int) -> Iterator[None]:
+        with self.lock:
+            if number != self.number:
+                raise TransferError("another try has taken over")
+            yield
+
+    def _empty(self, found: Stat) -> None:
         self.found = found
         self.size = 0
         self.crc32c = Crc32c()
@@ -209,23 +258,6 @@ class Arrival:
         self.file.seek(0)
         self.file.truncate()
         self.report(0)
-
-    def take(self, chunk: bytes) -> None:
-        self.file.write(chunk)
-        self.size += len(chunk)
-        if self.found.crc32c:
-            self.crc32c.update(chunk)
-        elif self.found.md5:
-            self.md5.update(chunk)
-        self.report(self.size)
-
-    def check(self, uri: str) -> None:
-        """TransferError unless these are the object's bytes."""
-        if self.size < self.found.size:
-            raise TransferError(f"{uri} broke off after {self.size} of {self.found.size} bytes; try again")
-        if self.size > self.found.size or not self.is_intact():
-            self.restart(self.found)
-            raise TransferError(f"{uri} arrived with a wrong checksum; try again")
 
     def is_intact(self) -> bool:
         if self.found.crc32c:

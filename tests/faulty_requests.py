@@ -169,4 +169,4 @@ def simulate_time(patch: pytest.MonkeyPatch) -> None:
         now += seconds
 
     patch.setattr(retrying, "time", SimpleNamespace(monotonic=lambda: now, sleep=sleep))
-    patch.setattr(retrying, "within", lambda act, deadline, where: act())
+    patch.setattr(retrying, "within", lambda act, seconds, where: act())

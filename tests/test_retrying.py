@@ -76,6 +76,19 @@ def test_a_call_that_hangs_ends_with_the_budget(monkeypatch: pytest.MonkeyPatch)
     hang.set()
 
 
+def test_a_try_that_hangs_is_left_behind_for_a_new_one() -> None:
+    hang, tries = threading.Event(), []
+
+    def act() -> int:
+        tries.append(1)
+        if len(tries) == 1:
+            hang.wait()
+        return len(tries)
+
+    assert retry(act, Deadline(), "x", one_try=0.1) == 2
+    hang.set()
+
+
 def test_an_error_keeps_the_place_where_it_was_raised() -> None:
     def faulty() -> None:
         raise ZeroDivisionError

@@ -89,7 +89,7 @@ def test_without_boto3_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(s3, "PART_BYTES", 5 * 1024 * 1024)  # the least that S3 takes
+    monkeypatch.setattr(retrying, "PIECE_BYTES", 5 * 1024 * 1024)  # the least that S3 takes
     yield
 
 

@@ -27,7 +27,6 @@ from pipeline.storage import Stat
 
 log = logging.getLogger(__name__)
 
-PIECE_BYTES = 16 * 1024 * 1024  # of a large upload; one that breaks goes on with the piece
 UNREACHABLE = (
     api.RetryError,
     auth.GoogleAuthError,
@@ -78,13 +77,15 @@ class GsRequests:
     def send(self, name: str, data: Body, expected: str | None, deadline: Deadline, report: Report) -> bool:
         with self._translated(name), Watched(data, report) as file:
             try:
-                self._blob(name, chunk_size=PIECE_BYTES).upload_from_file(
+                self._blob(name, chunk_size=retrying.PIECE_BYTES).upload_from_file(
                     file,
                     size=file.size,
                     content_type="application/octet-stream",
                     if_generation_match=int(expected or 0),
                     timeout=(piece_seconds(), retrying.read_seconds()),
-                    retry=DEFAULT_RETRY.with_timeout(max(0.01, deadline.left())) if file.size > PIECE_BYTES else None,
+                    retry=DEFAULT_RETRY.with_timeout(max(0.01, deadline.left()))
+                    if file.size > retrying.PIECE_BYTES
+                    else None,
                 )
             except api.PreconditionFailed:
                 return False
@@ -141,7 +142,7 @@ def once() -> dict[str, Any]:
 
 def piece_seconds() -> float:
     """A piece goes out in one call to the socket, for which the SDK has only the time to connect."""
-    return retrying.connect_seconds() + PIECE_BYTES / retrying.SLOWEST_BYTES_PER_SECOND
+    return retrying.connect_seconds() + retrying.PIECE_BYTES / retrying.SLOWEST_BYTES_PER_SECOND
 
 
 @contextmanager

@@ -44,7 +44,6 @@ except ModuleNotFoundError as e:
 
 log = logging.getLogger(__name__)
 
-PART_BYTES = 16 * 1024 * 1024  # a larger object goes up in parts, each tried again by itself
 MOST_PARTS = 10_000
 PLAIN_MD5 = re.compile(r'"?([0-9a-f]{32})"?')
 CUSTOM_ENDPOINT = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
@@ -99,7 +98,7 @@ class S3Requests:
     def send(self, name: str, data: Body, expected: str | None, deadline: Deadline, report: Report) -> bool:
         condition = {"IfMatch": expected} if expected else {"IfNoneMatch": "*"}
         try:
-            if isinstance(data, Path) and data.stat().st_size > PART_BYTES:
+            if isinstance(data, Path) and data.stat().st_size > retrying.PIECE_BYTES:
                 found = self.head(name)  # the condition itself is looked at only when all parts are there
                 if (found.version if found else None) != expected:
                     return False
@@ -137,7 +136,7 @@ class S3Requests:
     def _send_parts(self, name: str, path: Path, condition: dict[str, str], deadline: Deadline, report: Report) -> None:
         """In parts under one CRC-32C of the whole; they become the object only at the end, and all at once."""
         where, size, whole = f"{self.uri}/{name}", path.stat().st_size, {"ChecksumType": "FULL_OBJECT"}
-        length = max(PART_BYTES, -(-size // MOST_PARTS))
+        length = max(retrying.PIECE_BYTES, -(-size // MOST_PARTS))
         with self._translated(name), self._upload(name, whole) as target:
 
             def send_part(number: int) -> dict[str, Any]:
@@ -150,7 +149,7 @@ class S3Requests:
                 return {"PartNumber": number, "ETag": sent["ETag"], "ChecksumCRC32C": sums["ChecksumCRC32C"]}
 
             parts = [
-                retrying.retry(partial(send_part, number), deadline, where)
+                retrying.retry(partial(send_part, number), deadline, where, retrying.try_seconds(length))
                 for number in range(1, -(-size // length) + 1)
             ]
             self.client.complete_multipart_upload(
