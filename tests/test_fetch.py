@@ -248,3 +248,10 @@ def test_a_file_name_that_is_not_utf8_is_refused_in_a_sentence(tmp_path):
     (tmp_path / os.fsdecode(b"a\xff.txt")).write_bytes(b"a quote")
     with pytest.raises(DataError, match="not UTF-8"):
         resolve((str(tmp_path),), DataConfig())
+
+
+def test_a_file_name_with_a_control_character_is_refused_in_a_sentence(tmp_path):
+    (tmp_path / "a\x1b[2J.txt").write_text("a quote")
+    with pytest.raises(DataError, match="control character") as caught:
+        resolve((str(tmp_path),), DataConfig())
+    assert str(caught.value).isprintable()

@@ -60,3 +60,9 @@ def test_a_drive_without_hard_links_writes_once(tmp_path: Path, monkeypatch: pyt
     store = open_store(str(tmp_path))
     assert store.put_if_absent("x", b"one") and not store.put_if_absent("x", b"two")
     assert store.read("x") == b"one" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_file_with_a_control_character_in_its_name_is_refused_when_it_is_listed(tmp_path: Path) -> None:
+    (tmp_path / "a\nb").write_text("x")
+    with pytest.raises(errors.DataError, match="control character"):
+        list(open_store(str(tmp_path)).list(""))

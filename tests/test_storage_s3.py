@@ -143,6 +143,13 @@ def test_a_foreign_object_is_checked_by_its_md5(s3_bucket_uri: str, client: Any)
     assert open_store(s3_bucket_uri).read("x") == b"foreign"
 
 
+@pytest.mark.parametrize("name", ["a\x01b", "a/../b", "/a"])
+def test_a_hostile_name_in_a_real_listing_is_refused(s3_bucket_uri: str, client: Any, name: str) -> None:
+    client.put_object(Bucket=s3_bucket_uri[5:], Key=f"in/{name}", Body=b"x")
+    with pytest.raises(errors.DataError, match="rename or delete it"):
+        list(open_store(s3_bucket_uri).list("in/"))
+
+
 @pytest.mark.parametrize(
     ("answer", "crc32c", "md5"),
     [
