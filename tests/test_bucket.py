@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import io
 import json
+import tempfile
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
@@ -16,7 +17,7 @@ from pipeline import bucket, errors, retrying
 from pipeline import publish as publishing
 from pipeline.bucket import BucketStore
 from pipeline.publish import publish, verify
-from pipeline.storage import Stat, Store
+from pipeline.storage import Stat, Store, local
 from tests import test_storage
 from tests.faulty_requests import FaultyRequests, Killed, Service, simulate_time
 
@@ -29,6 +30,11 @@ RELEASED = {"voice-Q2_K.gguf": b"weights " * 20, "metrics.json": b'{"seconds": 1
 @pytest.fixture(autouse=True)
 def simulated_time(monkeypatch: pytest.MonkeyPatch) -> None:
     simulate_time(monkeypatch)
+    # Thousands of small files and syncs take minutes on a busy disk, and no power fails here.
+    for module in (bucket, local):
+        monkeypatch.setattr(module, "sync", lambda path: None)
+    if Path("/dev/shm").is_dir():
+        monkeypatch.setattr(tempfile, "tempdir", "/dev/shm")
 
 
 def contract() -> list[Callable[..., None]]:
@@ -118,6 +124,19 @@ def assert_nothing_is_torn(service: Service, seed: int) -> None:
     manifest = manifest_of(service)
     for entry in json.loads(manifest)["objects"] if manifest else ():
         assert f"runs/run1/objects/sha256/{entry['sha256']}" in service.objects, f"seed {seed}"
+
+
+def test_what_takes_time_tells_its_size_and_speed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    (tmp_path / "file").write_bytes(bytes(6_000_000))
+    store = quiet(Service())
+    store.put("x", tmp_path / "file")
+    store.put("x", tmp_path / "file")  # it is there
+    store.get("x", tmp_path / "back")
+    assert [message.partition(" MB in")[0] for message in caplog.messages] == [
+        "upload mem://bucket/x: 6.0",
+        "download mem://bucket/x: 6.0",
+    ]
 
 
 # ---- single faults

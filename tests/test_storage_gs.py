@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import socket
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from google.api_core import exceptions as api
 
 from pipeline import errors, retrying
 from pipeline.storage import gs, open_store
+from tests.fault_proxy import before
 
 
 def test_a_missing_bucket_is_missing_input(gcs_bucket_uri: str) -> None:
@@ -60,3 +62,13 @@ def test_each_status_has_its_exit_code(code: int, kind: type[errors.QuotesmithEr
         raise api.from_http_status(code, "the server's words")
     assert isinstance(caught.value.__cause__, api.GoogleAPICallError)
     assert caught.value.exit_code == kind.exit_code
+
+
+def test_a_small_write_is_one_request_and_a_read_two(gcs_bucket_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with before(os.environ["STORAGE_EMULATOR_HOST"]) as proxy:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", proxy.url)
+        store = open_store(gcs_bucket_uri)
+        assert store.put_if_absent("x", b"1")
+        assert proxy.requests == 1
+        assert store.read("x") == b"1"
+        assert proxy.requests == 3

@@ -126,6 +126,8 @@ class Taker:
 
 
 def connect() -> Any:
+    # Else the SDK looks up the bucket itself, for traces that nobody reads and with a right this job may lack.
+    os.environ.setdefault("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "true")
     try:
         return storage.Client(project="none")  # objects need no project; without one the SDK refuses to start
     except auth.DefaultCredentialsError as e:
