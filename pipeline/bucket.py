@@ -3,19 +3,16 @@ a scheme's file knows how to make (`storage/gs.py`, `storage/s3.py`)."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import io
 import math
-import threading
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import IO, Protocol, TypeVar
 
 from pipeline import retrying
+from pipeline.arrival import Arrival
 from pipeline.errors import (
     ConfigError,
     InputMissing,
@@ -27,7 +24,7 @@ from pipeline.errors import (
 )
 from pipeline.progress import transfer
 from pipeline.retrying import Deadline, retry, try_seconds
-from pipeline.storage import Crc32c, Stat, check_listed, check_name, crc32c_of
+from pipeline.storage import Stat, check_listed, check_name, crc32c_of
 from pipeline.storage.local import sync, written
 from pipeline.storage.local import translated as disk_errors_translated
 
@@ -202,67 +199,6 @@ class BucketStore:
 
     def _uri(self, name: str) -> str:
         return f"{self.uri}/{name}"
-
-
-class Arrival:
-    """The bytes of an object so far; a broken transfer goes on where it ended, a corrupt one starts over.
-
-    Tries are numbered: one that was left behind can still be running, and nothing is taken from it.
-    """
-
-    def __init__(self, found: Stat, file: IO[bytes], report: Report) -> None:
-        self.file, self.report = file, report
-        self.number, self.lock = 0, threading.Lock()
-        self._empty(found)
-
-    def begin(self) -> int:
-        with self.lock:
-            self.number += 1
-            return self.number
-
-    def take(self, number: int, chunk: bytes) -> None:
-        with self._turn(number):
-            self.file.write(chunk)
-            self.size += len(chunk)
-            if self.found.crc32c:
-                self.crc32c.update(chunk)
-            elif self.found.md5:
-                self.md5.update(chunk)
-            self.report(self.size)
-
-    def restart(self, number: int, found: Stat) -> None:
-        with self._turn(number):
-            self._empty(found)
-
-    def check(self, number: int, uri: str) -> None:
-        """TransferError unless these are the object's bytes."""
-        with self._turn(number):
-            if self.size < self.found.size:
-                raise TransferError(f"{uri} broke off after {self.size} of {self.found.size} bytes; try again")
-            if self.size > self.found.size or not self.is_intact():
-                self._empty(self.found)
-                raise TransferError(f"{uri} arrived with a wrong checksum; try again")
-
-    @contextmanager
-    def _turn(self, number: int) -> Iterator[None]:
-        with self.lock:
-            if number != self.number:
-                raise TransferError("another try has taken over")
-            yield
-
-    def _empty(self, found: Stat) -> None:
-        self.found = found
-        self.size = 0
-        self.crc32c = Crc32c()
-        self.md5 = hashlib.md5(usedforsecurity=False)
-        self.file.seek(0)
-        self.file.truncate()
-        self.report(0)
-
-    def is_intact(self) -> bool:
-        if self.found.crc32c:
-            return self.crc32c.text() == self.found.crc32c
-        return not self.found.md5 or base64.b64encode(self.md5.digest()).decode() == self.found.md5
 
 
 def verdict(code: int) -> tuple[type[QuotesmithError], str]:

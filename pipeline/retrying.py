@@ -87,8 +87,10 @@ def within(act: Callable[[], Result], seconds: float, where: str) -> Result:
         except BaseException as e:
             outcomes.put((None, e))
 
-    threading.Thread(target=work, name=f"transfer {where}", daemon=True).start()
     try:
+        if seconds <= 0:
+            raise queue.Empty
+        threading.Thread(target=work, name=f"transfer {where}", daemon=True).start()
         result, error = outcomes.get(timeout=seconds)
     except queue.Empty:
         raise ServiceUnavailable(f"{where} is not done within {seconds:.3g} s; check the network") from None

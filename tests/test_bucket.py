@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import io
 import json
 import tempfile
 from collections.abc import Callable
@@ -181,24 +180,6 @@ def test_a_download_that_stays_corrupt_is_a_transfer_error_and_leaves_no_file(tm
     with pytest.raises(errors.TransferError, match=r"x arrived with a wrong checksum.*tried \d+ times within 60 s"):
         BucketStore(Once(service, "", *["flipped"] * 100)).get("x", tmp_path / "x")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_bytes_of_a_try_that_was_left_behind_are_not_taken() -> None:
-    file = io.BytesIO()
-    arrival = bucket.Arrival(Stat(4, "1"), file, lambda _: None)
-    left_behind = arrival.begin()
-    arrival.take(left_behind, b"ab")
-    going_on = arrival.begin()
-    for act in (
-        lambda: arrival.take(left_behind, b"cd"),
-        lambda: arrival.restart(left_behind, Stat(9, "2")),
-        lambda: arrival.check(left_behind, "x"),
-    ):
-        with pytest.raises(errors.TransferError, match="another try"):
-            act()
-    arrival.take(going_on, b"CD")
-    arrival.check(going_on, "x")
-    assert file.getvalue() == b"abCD"
 
 
 def test_a_download_is_of_one_version_even_when_the_object_changes_meanwhile(tmp_path: Path) -> None:

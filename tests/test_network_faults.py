@@ -13,12 +13,15 @@ from typing import NamedTuple
 import pytest
 
 from pipeline import retrying
+from pipeline.config import DataConfig
 from pipeline.errors import ServiceUnavailable, TransferError
+from pipeline.fetch import fetch, resolve
 from pipeline.publish import find_release, publish, verify
 from pipeline.storage import Store, open_store
 from tests.fault_proxy import Fault, FaultProxy, before
 
-BUDGET_SECONDS = 1.5
+BUDGET_SECONDS = 2.4  # a hanging try ends after a third of it
+SHORT_SECONDS = 1.2  # for what ends only with the budget
 SLACK_SECONDS = 2.0  # for a busy machine
 CONTENT = os.urandom(3_000_000)
 MANIFEST = b'{"objects": []}' * 20
@@ -123,9 +126,10 @@ def test_a_fault_that_passes_is_survived(network: Network, act: str, fault: str,
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("act", ACTS)
 def test_a_fault_that_lasts_is_a_retryable_error_in_time(
-    network: Network, act: str, fault: str, tmp_path: Path
+    network: Network, act: str, fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ACTS[act].prepare(network.far, tmp_path)
+    monkeypatch.setattr(retrying, "BUDGET_SECONDS", SHORT_SECONDS)
     network.proxy.fault = replace(FAULTS[fault])
     started = time.monotonic()
     try:
@@ -135,9 +139,10 @@ def test_a_fault_that_lasts_is_a_retryable_error_in_time(
     else:  # what is shorter than the fault lets through
         assert ACTS[act].succeeded(network.far, tmp_path)
     # `put` looks up and writes under one budget, `get` and a comparison afterwards have one more.
-    assert time.monotonic() - started < 2 * BUDGET_SECONDS + SLACK_SECONDS
+    assert time.monotonic() - started < 2 * SHORT_SECONDS + SLACK_SECONDS
     assert_nothing_is_torn(act, network, tmp_path)
     network.proxy.fault = None
+    monkeypatch.setattr(retrying, "BUDGET_SECONDS", BUDGET_SECONDS)
     ACTS[act].do(network.near, tmp_path)
     assert ACTS[act].succeeded(network.far, tmp_path)
 
@@ -170,12 +175,35 @@ def test_an_upload_in_pieces_gets_through_a_network_that_cuts_some(
     assert network.proxy.spoilt
 
 
+@pytest.mark.parametrize("kind", ["cut", "reset", "black hole", "drip"])
+def test_quotes_are_fetched_whole_or_not_at_all(
+    network: Network, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [f"This is quote number {number}, and nobody said it.\n" for number in range(3000)]
+    network.far.put_if_absent("in/kanye-quotes.txt", "".join(lines[:1500]).encode())
+    network.far.put_if_absent("in/trump-quotes.txt", "".join(lines[1500:]).encode())
+    monkeypatch.setattr(retrying, "BUDGET_SECONDS", SHORT_SECONDS)
+    for after, times in ((0, 1), (3000, 1), (3000, 10**6)):
+        network.proxy.fault = Fault(kind, after=after, times=times)
+        folder = tmp_path / f"{after}-{times}"
+        folder.mkdir()
+        try:
+            inputs = resolve((f"{network.near.uri}/in/",), DataConfig())
+            corpus = fetch(inputs, DataConfig(), out=folder)
+        except (ServiceUnavailable, TransferError):
+            assert times > 1
+            assert not (folder / "download").exists()
+        else:
+            assert times == 1 and corpus.quotes == 3000
+
+
 @pytest.mark.parametrize("kind", ["cut", "reset", "black hole"])
 def test_a_release_through_a_network_that_keeps_failing_is_whole_or_absent(
     network: Network, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = {"voice-Q2_K.gguf": written(tmp_path, CONTENT[:300_000])}
     output = f"{network.near.uri}/out"
+    monkeypatch.setattr(retrying, "BUDGET_SECONDS", SHORT_SECONDS)
     for spoilt in range(4):
         network.proxy.fault = Fault(kind, after=400 * spoilt, times=2 + spoilt)
         try:
@@ -183,5 +211,6 @@ def test_a_release_through_a_network_that_keeps_failing_is_whole_or_absent(
         except (ServiceUnavailable, TransferError):
             assert find_release(output, "run1") is None or verify(f"{output}/runs/run1")
     network.proxy.fault = None
+    monkeypatch.setattr(retrying, "BUDGET_SECONDS", BUDGET_SECONDS)
     publish(output, run_id="run1", name="voice", files=files)
     assert len(verify(output)) == 2

@@ -96,3 +96,11 @@ def test_an_error_keeps_the_place_where_it_was_raised() -> None:
     with pytest.raises(ZeroDivisionError) as caught:
         retry(faulty, Deadline(), "x")
     assert caught.traceback[-1].name == "faulty"
+
+
+def test_nothing_is_begun_when_the_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retrying, "BUDGET_SECONDS", 0.0)
+    act = Failing()
+    with pytest.raises(errors.ServiceUnavailable):
+        retry(act, Deadline(), "x")
+    assert act.calls == 0

@@ -193,3 +193,23 @@ def test_each_answer_has_its_exit_code(status: int, code: str, kind: type[errors
 def refusal(status: int, code: str) -> api.ClientError:
     answer = {"Error": {"Code": code, "Message": "the server's words"}, "ResponseMetadata": {"HTTPStatusCode": status}}
     return api.ClientError(answer, "PutObject")  # type: ignore[arg-type]
+
+
+def test_a_read_is_of_the_version_that_was_looked_up(s3_bucket_uri: str) -> None:
+    store = open_store(s3_bucket_uri)
+    store.put_if_absent("x", b"old")
+    found = store.stat("x")
+    assert found and store.compare_and_swap("x", b"new", found.version)
+    taken: list[bytes] = []
+    with pytest.raises(Overtaken):
+        store.requests.fetch("x", found, 0, taken.append)
+    assert taken == []
+
+
+def test_a_removal_of_what_is_gone_is_no_error(s3_bucket_uri: str) -> None:
+    store = open_store(s3_bucket_uri)
+    store.put_if_absent("x", b"1")
+    found = store.stat("x")
+    for _ in range(2):
+        store.requests.remove("x", found.version)
+    assert store.stat("x") is None
