@@ -24,7 +24,7 @@ from pipeline.errors import (
 )
 from pipeline.progress import transfer
 from pipeline.retrying import Deadline, retry, try_seconds
-from pipeline.storage import Stat, check_listed, check_name, crc32c_of
+from pipeline.storage import Stat, check_listed, check_name, check_prefix, crc32c_of
 from pipeline.storage.local import sync, written
 from pipeline.storage.local import translated as disk_errors_translated
 
@@ -107,6 +107,7 @@ class BucketStore:
         return self._reads(name, data)  # what lies between here and the server may have repeated this write unseen
 
     def list(self, prefix: str) -> Iterator[tuple[str, int]]:
+        check_prefix(prefix)
         token: str | None = None
         while True:
             page, token = self._page(prefix, token)

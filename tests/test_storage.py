@@ -146,6 +146,12 @@ def test_names_that_could_leave_the_root_are_refused(store: Store, name: str, tm
             act()
 
 
+@pytest.mark.parametrize("prefix", ["../", "a/../../x", "/etc/", "a\nb/"])
+def test_no_listing_leaves_the_root(store: Store, prefix: str) -> None:
+    with pytest.raises(errors.ConfigError, match="cannot be an object's name"):
+        list(store.list(prefix))
+
+
 def test_an_unknown_scheme_is_answered_with_the_known_ones() -> None:
     for uri in ("ftp://host/x", "local://x", "GSS://x"):
         with pytest.raises(errors.ConfigError, match=r"file://, gs://, s3://$"):

@@ -92,6 +92,13 @@ def check_name(name: str) -> str:
     return name
 
 
+def check_prefix(prefix: str) -> str:
+    """`prefix`, or ConfigError if its folder part could leave the root; its last part can be cut anywhere."""
+    if "/" in prefix:
+        check_name(prefix.rpartition("/")[0])
+    return prefix
+
+
 def check_listed(name: str, uri: str) -> str:
     """`name`, or DataError if an object is called so that no file can be: it is refused, not passed over."""
     try:

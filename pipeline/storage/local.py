@@ -21,7 +21,7 @@ from pipeline.errors import (
     QuotesmithError,
     TransferError,
 )
-from pipeline.storage import CHUNK_BYTES, Stat, check_listed, check_name, crc32c_of, scheme_of
+from pipeline.storage import CHUNK_BYTES, Stat, check_listed, check_name, check_prefix, crc32c_of, scheme_of
 
 TEMPORARY = ".writing-"
 NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
@@ -100,7 +100,7 @@ class LocalStore:
             return True
 
     def list(self, prefix: str) -> Iterator[tuple[str, int]]:
-        folder = self.root / prefix.rpartition("/")[0]
+        folder = self.root / check_prefix(prefix).rpartition("/")[0]
         with translated(folder):
             paths = [path for path in folder.rglob("*") if path.is_file()]
             names = {path.relative_to(self.root).as_posix(): path for path in paths}
