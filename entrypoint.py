@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ import click
 from pipeline import __version__, logs
 from pipeline.errors import DataError, MachineError, NotAllowed, QuotesmithError
 from pipeline.options import job_options, sampling_options
+from pipeline.redact import redact
 from pipeline.settings import Resolved, as_table, resolve
 
 log = logging.getLogger("quotesmith")
@@ -148,7 +150,9 @@ def exit_code_of(command: Any) -> int:
     except click.exceptions.Exit as e:
         return e.exit_code
     except click.ClickException as e:
-        e.show()
+        said = io.StringIO()
+        e.show(said)
+        click.echo(redact(said.getvalue()), err=True, nl=False)
         return e.exit_code
     except QuotesmithError as e:
         return fail(e)
@@ -163,10 +167,10 @@ def exit_code_of(command: Any) -> int:
     except OSError as e:
         if e.errno in NO_SPACE:
             return fail(MachineError(f"the disk is full ({e.filename or 'writing'}); free space and run again"))
-        traceback.print_exc()
+        click.echo(redact(traceback.format_exc()), err=True)
         return 70
     except Exception:
-        traceback.print_exc()
+        click.echo(redact(traceback.format_exc()), err=True)
         return 70
 
 
@@ -175,7 +179,7 @@ def fail(error: QuotesmithError) -> int:
     if logs.as_json():
         log.error("error: %s", error)
     else:
-        click.echo(f"error: {error}", err=True)
+        click.echo(f"error: {redact(str(error))}", err=True)
     return error.exit_code
 
 

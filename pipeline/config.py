@@ -304,9 +304,9 @@ class JobConfig(Section):
 
     input: tuple[str, ...] = Field(
         (),
-        description="Files, folders, globs, or gs:// objects and prefixes. Default: the embedded sample corpus.",
+        description="Files, folders, globs, or gs:// and s3:// objects and prefixes. Default: the sample corpus.",
     )
-    output: str = Field("out", min_length=1, description="A folder or a gs:// prefix for the release.")
+    output: str = Field("out", min_length=1, description="A folder or a gs:// or s3:// prefix for the release.")
     name: ReleaseName = Field("gpt2-ye-trump", description="Files are called NAME-TYPE.gguf.")
     work_dir: Path = Field(Path("work"), description="Where stages keep their files; a rerun skips what is done.")
     llama_cpp: str = Field("", description="Folder with the llama.cpp tools. Default: the newest build in the cache.")

@@ -23,7 +23,7 @@ from pipeline.config import DEFAULT_FILES, DataConfig
 from pipeline.errors import ConfigError, DataError, InputMissing
 from pipeline.progress import bar
 from pipeline.quotes import fold, read_quotes
-from pipeline.storage import Store, open_store, scheme_of
+from pipeline.storage import Store, check_listed, open_store, scheme_of
 from pipeline.storage.local import local_path, translated
 
 log = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ def resolve(inputs: Sequence[str], cfg: DataConfig) -> list[Input]:
     found: dict[str, Input] = {}
     for given in inputs:
         if not given.strip():
-            raise ConfigError("an input is empty text; give a file, a folder or a gs:// URI, or leave it out")
+            raise ConfigError("an input is empty text; give a file, a folder or a bucket's URI, or leave it out")
         is_local = scheme_of(given) in ("", "file")
         for source in local_inputs(given, cfg) if is_local else remote_inputs(given, cfg):
             identity = str(source.place) if isinstance(source.place, Path) else source.uri
@@ -256,6 +256,7 @@ def with_unique_names(sources: Sequence[Input]) -> list[Input]:
         times[source.name] += 1
         if not is_utf8(source.uri):
             raise DataError(f"the name of {source.uri!a} is not UTF-8; rename the file")
+        check_listed(source.name, source.uri.removesuffix(f"/{source.name}"))
         again = f" ({times[source.name]})" if times[source.name] > 1 else ""
         named.append(replace(source, name=source.name + again))
     return named

@@ -1,4 +1,4 @@
-"""Logging for people on a terminal and for log collectors elsewhere: one JSON object a line."""
+"""Logging for people on a terminal and for log collectors elsewhere: one JSON object a line. No secret gets out."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 import logging
 import sys
 import time
+
+from pipeline.redact import redact
 
 QUIET = (
     "transformers",
@@ -26,11 +28,16 @@ class JsonLines(logging.Formatter):
             "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
             "severity": record.levelname,
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": redact(record.getMessage()),
         }
         if record.exc_info:
-            line["traceback"] = self.formatException(record.exc_info)
+            line["traceback"] = redact(self.formatException(record.exc_info))
         return json.dumps(line, ensure_ascii=False)
+
+
+class Lines(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
 
 
 def on_terminal() -> bool:
@@ -46,7 +53,7 @@ def configure(log_format: str) -> None:
     """`log_format` is text, json or auto (text on a terminal). Called once, by the door."""
     json_lines = log_format == "json" or (log_format == "auto" and not on_terminal())
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonLines() if json_lines else logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    handler.setFormatter(JsonLines() if json_lines else Lines("%(asctime)s %(message)s", "%H:%M:%S"))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.captureWarnings(True)
     for name in (*QUIET, "py.warnings"):

@@ -17,7 +17,7 @@ def job_options(command: Command) -> Command:
     """Add --config and one option for every setting; they reach the command as `config_file` and `flags`."""
     for setting in reversed(all_settings()):
         command = option(setting)(command)
-    return click.option("--config", "config_file", metavar="FILE", help="YAML file, local or gs://.")(command)
+    return click.option("--config", "config_file", metavar="FILE", help="YAML file, local or in a bucket.")(command)
 
 
 def sampling_options(command: Command) -> Command:

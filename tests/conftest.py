@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -44,6 +46,35 @@ def gcs_bucket_uri(gcs_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
     bucket = f"quotes-{uuid.uuid4().hex[:12]}"
     storage.Client(project="test").create_bucket(bucket)
     return f"gs://{bucket}"
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """Address of a running moto server; only `s3_bucket_uri` points the SDK at it."""
+    pytest.importorskip("moto")
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "tests" / "s3_server.py"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    assert process.stdout
+    yield process.stdout.readline().strip()
+    process.terminate()
+    process.wait(10)
+
+
+@pytest.fixture
+def s3_bucket_uri(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """s3:// URI of an empty bucket of this test's own."""
+    import boto3
+
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    bucket = f"quotes-{uuid.uuid4().hex[:12]}"
+    boto3.client("s3", region_name="us-east-1").create_bucket(Bucket=bucket)
+    return f"s3://{bucket}"
 
 
 @pytest.fixture(scope="session")

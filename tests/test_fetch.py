@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import retrying
 from pipeline.artifacts import Corpus, sha256_of
 from pipeline.config import DataConfig
 from pipeline.errors import ConfigError, DataError, InputMissing, ServiceUnavailable
 from pipeline.fetch import content_hash, fetch, resolve
 from pipeline.quotes import fold
-from pipeline.storage import gs, open_store
+from pipeline.storage import open_store
 
 Texts = dict[str, str]
 BOTH = {"kanye-quotes.txt": "“First one”\n\n“Second”\n", "trump-quotes.txt": "Third\r\nfourth!\r\n"}
@@ -238,8 +239,8 @@ def test_a_dead_endpoint_is_an_unavailable_service(monkeypatch: pytest.MonkeyPat
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{free.getsockname()[1]}")
-    monkeypatch.setattr(gs, "DEADLINE_SECONDS", 0.2)
-    with pytest.raises(ServiceUnavailable, match="did not answer within"):
+    monkeypatch.setattr(retrying, "BUDGET_SECONDS", 0.2)
+    with pytest.raises(ServiceUnavailable, match=r"does not answer.* within 0\.2 s"):
         resolve(("gs://bucket/a.txt",), DataConfig())
 
 
@@ -247,3 +248,10 @@ def test_a_file_name_that_is_not_utf8_is_refused_in_a_sentence(tmp_path):
     (tmp_path / os.fsdecode(b"a\xff.txt")).write_bytes(b"a quote")
     with pytest.raises(DataError, match="not UTF-8"):
         resolve((str(tmp_path),), DataConfig())
+
+
+def test_a_file_name_with_a_control_character_is_refused_in_a_sentence(tmp_path):
+    (tmp_path / "a\x1b[2J.txt").write_text("a quote")
+    with pytest.raises(DataError, match="control character") as caught:
+        resolve((str(tmp_path),), DataConfig())
+    assert str(caught.value).isprintable()

@@ -27,11 +27,12 @@ def write(folder: Path, weights: bytes, metrics: bytes) -> Files:
     return {name: folder / name for name in contents}
 
 
-@pytest.fixture(params=["local", "gs"])
+@pytest.fixture(params=["local", "gs", "s3"])
 def output(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "local":
         return str(tmp_path / "out")
-    return f"{request.getfixturevalue('gcs_bucket_uri')}/out"
+    root = request.getfixturevalue({"gs": "gcs_bucket_uri", "s3": "s3_bucket_uri"}[request.param])
+    return f"{root}/out"
 
 
 def release(output: str, files: Files, run_id: str = "run1") -> None:

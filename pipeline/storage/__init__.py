@@ -13,14 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, cast
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, DataError
 
 CHUNK_BYTES = 1024 * 1024
 
 
 @dataclass(frozen=True)
 class Stat:
-    """What a store knows of an object. `version` changes with every write; checksums are base64, as in gs://."""
+    """What a store knows of an object. Checksums are base64, as in gs://.
+
+    `version` changes with every write, except on s3://, whose ETag is the same for the same bytes.
+    """
 
     size: int
     version: str
@@ -50,8 +53,8 @@ class Store(Protocol):
         """Write or overwrite; readers see the old object or the new one, never a part."""
 
     def put_if_absent(self, name: str, data: bytes | Path) -> bool:
-        """True: written. False: an object of that name stands and is left alone; it can be this very
-        write, if the response to it was lost, so compare before calling it a conflict."""
+        """True: written. False: an object of that name stands and is left alone. It can still be this very
+        write, repeated on the way, so compare before calling it a conflict."""
 
     def compare_and_swap(self, name: str, data: bytes, expected_version: str | None) -> bool:
         """Write if the object still has that version (None: if there is none); False if it has not."""
@@ -89,12 +92,39 @@ def check_name(name: str) -> str:
     return name
 
 
-def crc32c_of(path: Path) -> str:
-    """Base64 of the big-endian CRC-32C, the form in which gs:// reports it."""
-    import google_crc32c
+def check_prefix(prefix: str) -> str:
+    """`prefix`, or ConfigError if its folder part could leave the root; its last part can be cut anywhere."""
+    if "/" in prefix:
+        check_name(prefix.rpartition("/")[0])
+    return prefix
 
-    checksum = 0
+
+def check_listed(name: str, uri: str) -> str:
+    """`name`, or DataError if an object is called so that no file can be: it is refused, not passed over."""
+    try:
+        return check_name(name)
+    except ConfigError as e:
+        raise DataError(f"{uri} holds an object that cannot be used: {e}; rename or delete it") from e
+
+
+class Crc32c:
+    """A running CRC-32C; `text` is base64 of its big-endian bytes, the form in which gs:// and s3:// report it."""
+
+    def __init__(self) -> None:
+        self.value = 0
+
+    def update(self, chunk: bytes) -> None:
+        import google_crc32c
+
+        self.value = google_crc32c.extend(self.value, chunk)
+
+    def text(self) -> str:
+        return base64.b64encode(self.value.to_bytes(4, "big")).decode()
+
+
+def crc32c_of(path: Path) -> str:
+    checksum = Crc32c()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK_BYTES):
-            checksum = google_crc32c.extend(checksum, chunk)
-    return base64.b64encode(checksum.to_bytes(4, "big")).decode()
+            checksum.update(chunk)
+    return checksum.text()

@@ -5,11 +5,9 @@ from __future__ import annotations
 
 import logging
 import os
-import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import requests
@@ -20,24 +18,15 @@ from google.cloud import storage
 from google.cloud.storage.exceptions import DataCorruption
 from google.cloud.storage.retry import DEFAULT_RETRY
 
-from pipeline.errors import (
-    ConfigError,
-    InputMissing,
-    NotAllowed,
-    QuotesmithError,
-    ServiceUnavailable,
-    TransferError,
-    TryLater,
-)
-from pipeline.storage import Stat, check_name, crc32c_of
-from pipeline.storage.local import translated as disk_errors_translated
+from pipeline import retrying
+from pipeline.bucket import Body, BucketStore, Page, Report, first_line, verdict
+from pipeline.errors import ConfigError, InputMissing, NotAllowed, ServiceUnavailable, TransferError
+from pipeline.progress import Watched
+from pipeline.retrying import Deadline
+from pipeline.storage import Stat
 
 log = logging.getLogger(__name__)
 
-DEADLINE_SECONDS = 60.0  # retries of one request stop then; the SDK's own default is 120 s
-TIMEOUT_SECONDS = (10, 60)  # to connect, and between two packets
-WRITE_ATTEMPTS = 5  # when somebody else writes the same object meanwhile
-BUSY = (408, 429)
 UNREACHABLE = (
     api.RetryError,
     auth.GoogleAuthError,
@@ -47,14 +36,16 @@ UNREACHABLE = (
 )
 
 
-def open_store(uri: str) -> GsStore:
+def open_store(uri: str) -> BucketStore:
     bucket, _, prefix = uri.partition("://")[2].partition("/")
     if not bucket:
         raise ConfigError(f"{uri} names no bucket; write gs://bucket/prefix")
-    return GsStore(bucket, prefix.strip("/"))
+    return BucketStore(GsRequests(bucket, prefix.strip("/")))
 
 
-class GsStore:
+class GsRequests:
+    """`bucket.Requests`."""
+
     def __init__(self, bucket: str, prefix: str) -> None:
         self.bucket_name = bucket
         self.prefix = f"{prefix}/" if prefix else ""
@@ -67,104 +58,76 @@ class GsStore:
         except ValueError as e:
             raise ConfigError(f"{self.uri} has an impossible bucket name: {e}") from e
 
-    def stat(self, name: str) -> Stat | None:
-        blob = self._blob_if_there(name)
+    def head(self, name: str) -> Stat | None:
+        with self._translated(name):
+            blob = self.bucket.get_blob(self.prefix + name, **once())
         return blob and Stat(blob.size, str(blob.generation), blob.md5_hash, blob.crc32c)
 
-    def get(self, name: str, to: Path) -> None:
-        blob = self._blob(name)
-        temporary = to.with_name(f".{to.name}.{uuid.uuid4().hex}")
-        with disk_errors_translated(to):
-            to.parent.mkdir(parents=True, exist_ok=True)
+    def fetch(self, name: str, found: Stat, start: int, take: Callable[[bytes], object]) -> None:
+        with self._translated(name):
+            self._blob(name).download_to_file(
+                Taker(take),
+                start=start or None,
+                raw_download=True,  # a stored .gz arrives as stored
+                checksum=None,  # `bucket.Arrival` checks the whole, over all tries
+                if_generation_match=int(found.version),
+                **once(),
+            )
+
+    def send(self, name: str, data: Body, expected: str | None, deadline: Deadline, report: Report) -> bool:
+        with self._translated(name), Watched(data, report) as file:
             try:
-                with translated(self._uri(name)):
-                    blob.download_to_filename(temporary, raw_download=True, **same(blob), **patience())
-                if blob.crc32c not in (None, crc32c_of(temporary)):  # some servers send none with the bytes
-                    raise TransferError(f"{self._uri(name)} arrived with a wrong CRC-32C; try again")
-                temporary.replace(to)
-            finally:
-                temporary.unlink(missing_ok=True)
+                self._blob(name, chunk_size=retrying.PIECE_BYTES).upload_from_file(
+                    file,
+                    size=file.size,
+                    content_type="application/octet-stream",
+                    if_generation_match=int(expected or 0),
+                    timeout=(piece_seconds(), retrying.read_seconds()),
+                    retry=DEFAULT_RETRY.with_timeout(max(0.01, deadline.left()))
+                    if file.size > retrying.PIECE_BYTES
+                    else None,
+                )
+            except api.PreconditionFailed:
+                return False
+        return True
 
-    def read(self, name: str) -> bytes:
-        blob = self._blob(name)
-        with translated(self._uri(name)):
-            data: bytes = blob.download_as_bytes(raw_download=True, **same(blob), **patience())
-            return data
-
-    def put(self, name: str, path: Path) -> None:
-        with disk_errors_translated(path):
-            size, crc32c = path.stat().st_size, crc32c_of(path)
-        for _ in range(WRITE_ATTEMPTS):
-            found = self.stat(name)
-            if found and (found.size, found.crc32c) == (size, crc32c):
-                return
-            if self._write(name, path, found.version if found else "0"):
-                return
-        raise TryLater(f"{self._uri(name)} keeps being written by somebody else; stop the other run or wait")
-
-    def put_if_absent(self, name: str, data: bytes | Path) -> bool:
-        return self._write(name, data, "0")
-
-    def compare_and_swap(self, name: str, data: bytes, expected_version: str | None) -> bool:
-        if self._write(name, data, expected_version or "0"):
-            return True
-        # This very write may have landed and its response been lost.
-        return self._blob_if_there(name) is not None and self.read(name) == data
-
-    def list(self, prefix: str) -> Iterator[tuple[str, int]]:
-        with translated(self.uri):
+    def page(self, prefix: str, token: str | None, limit: int) -> Page:
+        with self._translated(prefix):
             blobs = self.bucket.client.list_blobs(
                 self.bucket,
                 prefix=self.prefix + prefix,
                 fields="items(name,size),nextPageToken",
-                **patience(),
+                page_token=token,
+                page_size=limit,
+                **once(),
             )
-            for blob in blobs:
-                if not blob.name.endswith("/"):  # the console's stand-ins for folders
-                    yield blob.name.removeprefix(self.prefix), blob.size
+            found = [(blob.name.removeprefix(self.prefix), blob.size) for blob in next(blobs.pages, ())]
+            return found, blobs.next_page_token
 
-    def probe(self) -> None:
-        name = f".probe-{uuid.uuid4().hex}"
-        self.put_if_absent(name, b"probe")
-        if self.read(name) != b"probe":
-            raise TransferError(f"{self.uri} did not give back what was written to it; try again")
-        blob = self._blob(name)
-        with translated(self._uri(name)):
-            blob.delete(if_generation_match=blob.generation, **patience())
-
-    def _write(self, name: str, data: bytes | Path, generation: str) -> bool:
-        """False: the object's generation is another one ("0": it exists)."""
-        blob = self.bucket.blob(self.prefix + check_name(name))
-        options = {"if_generation_match": int(generation), **patience()}
+    def remove(self, name: str, version: str) -> None:
         try:
-            with translated(self._uri(name)):
-                if isinstance(data, Path):
-                    blob.upload_from_filename(data, **options)
-                else:
-                    blob.upload_from_string(data, content_type="application/octet-stream", **options)
-        except Overtaken:
-            return False
-        return True
+            with self._translated(name):
+                self._blob(name).delete(if_generation_match=int(version), **once())
+        except InputMissing:
+            log.debug("gs: %s/%s is gone already", self.uri, name)
 
-    def _blob_if_there(self, name: str) -> Any:
-        with translated(self._uri(name)):
-            return self.bucket.get_blob(self.prefix + check_name(name), **patience())
+    def _blob(self, name: str, **options: Any) -> Any:
+        return self.bucket.blob(self.prefix + name, **options)
 
-    def _blob(self, name: str) -> Any:
-        blob = self._blob_if_there(name)
-        if blob is None:
-            raise InputMissing(f"{self._uri(name)} does not exist; check the bucket and the name")
-        return blob
-
-    def _uri(self, name: str) -> str:
-        return f"{self.uri}/{name}"
+    def _translated(self, name: str) -> Any:
+        return translated(f"{self.uri}/{name}")
 
 
-class Overtaken(TransferError):
-    """Precondition failed: the object changed meanwhile."""
+class Taker:
+    """What the SDK writes a download to."""
+
+    def __init__(self, take: Callable[[bytes], object]) -> None:
+        self.write = take
 
 
 def connect() -> Any:
+    # Else the SDK looks up the bucket itself, for traces that nobody reads and with a right this job may lack.
+    os.environ.setdefault("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "true")
     try:
         return storage.Client(project="none")  # objects need no project; without one the SDK refuses to start
     except auth.DefaultCredentialsError as e:
@@ -174,13 +137,14 @@ def connect() -> Any:
         return storage.Client.create_anonymous_client()
 
 
-def patience() -> dict[str, Any]:
-    return {"timeout": TIMEOUT_SECONDS, "retry": DEFAULT_RETRY.with_timeout(DEADLINE_SECONDS)}
+def once() -> dict[str, Any]:
+    """One try: `retrying` makes the others."""
+    return {"timeout": (retrying.connect_seconds(), retrying.read_seconds()), "retry": None}
 
 
-def same(blob: Any) -> dict[str, int]:
-    """The generation that was looked up, not one written since."""
-    return {"if_generation_match": blob.generation}
+def piece_seconds() -> float:
+    """A piece goes out in one call to the socket, for which the SDK has only the time to connect."""
+    return retrying.connect_seconds() + retrying.PIECE_BYTES / retrying.SLOWEST_BYTES_PER_SECOND
 
 
 @contextmanager
@@ -199,22 +163,4 @@ def translated(uri: str) -> Iterator[None]:
         raise NotAllowed(f"{uri}: credentials are refused: {first_line(e)}; log in anew") from e
     except UNREACHABLE as e:
         reason = first_line(e.cause if isinstance(e, api.RetryError) else e)
-        raise ServiceUnavailable(
-            f"{uri} did not answer within {DEADLINE_SECONDS:g} s: {reason}; check the network or try later"
-        ) from e
-
-
-def verdict(code: int) -> tuple[type[QuotesmithError], str]:
-    if code in (401, 403):
-        return NotAllowed, "give this job's account the right to read, create and delete objects there"
-    if code == 404:
-        return InputMissing, "check the bucket and the name"
-    if code == 412:
-        return Overtaken, "it changed meanwhile; try again"
-    if code in BUSY or code >= 500:
-        return ServiceUnavailable, "try later"
-    return ConfigError, "the server refuses the request; check the bucket and the name"
-
-
-def first_line(message: object) -> str:
-    return str(message).strip().split("\n")[0][:300]
+        raise ServiceUnavailable(f"{uri} does not answer: {reason}; check the network or try later") from e

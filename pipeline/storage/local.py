@@ -21,7 +21,7 @@ from pipeline.errors import (
     QuotesmithError,
     TransferError,
 )
-from pipeline.storage import CHUNK_BYTES, Stat, check_name, crc32c_of, scheme_of
+from pipeline.storage import CHUNK_BYTES, Stat, check_listed, check_name, check_prefix, crc32c_of, scheme_of
 
 TEMPORARY = ".writing-"
 NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
@@ -100,13 +100,13 @@ class LocalStore:
             return True
 
     def list(self, prefix: str) -> Iterator[tuple[str, int]]:
-        folder = self.root / prefix.rpartition("/")[0]
+        folder = self.root / check_prefix(prefix).rpartition("/")[0]
         with translated(folder):
             paths = [path for path in folder.rglob("*") if path.is_file()]
             names = {path.relative_to(self.root).as_posix(): path for path in paths}
             for name in sorted(names):
                 if name.startswith(prefix) and not names[name].name.startswith(TEMPORARY):
-                    yield name, names[name].stat().st_size
+                    yield check_listed(name, self.uri), names[name].stat().st_size
 
     def probe(self) -> None:
         name = f".probe-{uuid.uuid4().hex}"

@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline import errors
+from pipeline.storage import local, open_store
+
+
+@pytest.fixture
+def locked_folder(tmp_path: Path) -> Iterator[Path]:
+    """A folder this process may not write to: root, who may write everywhere, becomes nobody meanwhile."""
+    folder = tmp_path / "locked"
+    folder.mkdir(mode=0o500)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    yield folder
+    if user == 0:
+        os.seteuid(user)
+
+
+def test_a_file_uri_is_a_folder(tmp_path: Path) -> None:
+    open_store(f"file://{tmp_path}/with%20space").put_if_absent("x", b"1")
+    assert (tmp_path / "with space" / "x").read_bytes() == b"1"
+    with pytest.raises(errors.ConfigError, match="file:///absolute/path"):
+        open_store("file://host/path")
+
+
+def test_an_unwritable_folder_is_not_allowed(locked_folder: Path) -> None:
+    with pytest.raises(errors.NotAllowed, match="Permission denied"):
+        open_store(str(locked_folder / "bucket")).probe()
+
+
+def test_a_file_where_the_folder_should_be_is_a_wrong_setting(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("x")
+    with pytest.raises(errors.ConfigError, match="taken"):
+        open_store(str(tmp_path / "taken")).probe()
+
+
+def test_a_full_disk_is_the_machines_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    store = open_store(str(tmp_path))
+    monkeypatch.setattr(local, "sync", full)
+    with pytest.raises(errors.MachineError, match="No space left"):
+        store.put_if_absent("x", b"data")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_drive_without_hard_links_writes_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_links(*_: object) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(os, "link", no_links)
+    store = open_store(str(tmp_path))
+    assert store.put_if_absent("x", b"one") and not store.put_if_absent("x", b"two")
+    assert store.read("x") == b"one" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_file_with_a_control_character_in_its_name_is_refused_when_it_is_listed(tmp_path: Path) -> None:
+    (tmp_path / "a\nb").write_text("x")
+    with pytest.raises(errors.DataError, match="control character"):
+        list(open_store(str(tmp_path)).list(""))
