@@ -187,7 +187,7 @@ class RecoverConfig(Section):
     steps: int = Field(60, ge=0, description="Optimizer steps; 0: no recovery.")
     batch_tokens: int = Field(1024, ge=32, description="Tokens a step at most.")
     learning_rate: float = Field(
-        1e-4, gt=0, le=1, description="The highest learning rate of the schedule; norms and biases get 20 times that."
+        1e-4, gt=0, le=1, description="The highest learning rate of the schedule; norms and biases get 10 times that."
     )
     features: float = Field(
         0.0, ge=0, description="Weight of the difference in the blocks' outputs, beside that in the predictions."
@@ -246,7 +246,7 @@ class FinishConfig(Section):
         5e-5,
         gt=0,
         le=1,
-        description="The highest learning rate of the schedule; norms and biases get 20 times that, codes 100 times, "
+        description="The highest learning rate of the schedule; norms and biases get 10 times that, codes 100 times, "
         "scales 10 times.",
     )
     patience: int = Field(3, ge=1, description="Stop after this many validations without a lower loss.")

@@ -55,8 +55,8 @@ def gpt2_type(name: str) -> str:
 class Effort:
     """How long the two trainings are."""
 
-    recover_steps: int = 90
-    finish_steps: int = 90
+    recover_steps: int = 80
+    finish_steps: int = 80
     batch_tokens: int = 2048
     recover_rate: float = 2e-4
     finish_rate: float = 1e-4

@@ -5,7 +5,7 @@ from pipeline.activations import Gram
 from pipeline.gptq import encode
 from pipeline.hessian import damped, inverse_factor
 from pipeline.kquants import KTYPES, pack, unpack
-from pipeline.polish import descend, polish, refit_blocks
+from pipeline.polish import descend, polish, refit_blocks, regroup
 
 
 def gaussian(rows, columns, seed):
@@ -47,7 +47,7 @@ def test_each_half_of_a_round_lowers_the_output_error_and_all_of_it_does_by_more
 
 
 def test_descent_stops_where_no_single_code_can_be_better(gram, weight):
-    """Against the slow way: every other code and every other scale tried by itself."""
+    """Against the slow way: every other code tried by itself."""
     hessian = damped(gram)
     found = encode(weight[:2], inverse_factor(gram), "Q3_K")
     for _ in range(30):
@@ -59,12 +59,33 @@ def test_descent_stops_where_no_single_code_can_be_better(gram, weight):
             other[row, column] = code
             changed = type(found)(found.type, other, found.scales, None, found.d, None)
             assert error(changed, weight[:2], hessian) >= least * (1 - 1e-5)
-    for row, group in ((0, 0), (0, 16), (1, 31)):
-        for scale in range(-32, 32):
-            scales = found.scales.clone()
-            scales[row, group] = scale
-            changed = type(found)(found.type, found.codes, scales, None, found.d, None)
-            assert error(changed, weight[:2], hessian) >= least * (1 - 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["Q2_K", "Q3_K"])
+def test_groups_are_moved_only_to_something_better_and_until_nothing_near_is(kind, gram, weight):
+    hessian = damped(gram)
+    found = encode(weight[:3], inverse_factor(gram), kind)
+    errors = [error(found, weight[:3], hessian)]
+    for _ in range(12):
+        found = regroup(found, weight[:3], hessian, None)
+        errors.append(error(found, weight[:3], hessian))
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 0.98 * errors[0]
+    assert errors[-1] == pytest.approx(errors[-2], rel=1e-3)
+    assert torch.equal(unpack(pack(found), kind).dequantize(), found.dequantize())
+
+
+def test_one_group_with_inputs_of_its_own_gets_the_best_scale_and_codes_of_all(weight):
+    """Inputs that have nothing to do with each other: the nearest code is the best, so trying all scales is exact."""
+    hessian, one = torch.eye(256), weight[:4, :256]
+    found = encode(one, torch.eye(256), "Q3_K")
+    for _ in range(40):
+        found = regroup(found, one, hessian, None)
+    least = ((found.dequantize() - one) ** 2).reshape(4, 16, 16).sum(-1)
+    for scale in range(-32, 32):
+        step = found.d.float().repeat_interleave(16, 1)[..., None] * scale
+        codes = (one.reshape(4, 16, 16) / step).round().clamp(-4, 3) if scale else torch.zeros(4, 16, 16)
+        near = (found.scales - scale).abs() <= 1
+        assert ((step * codes - one.reshape(4, 16, 16)) ** 2).sum(-1)[near].ge(least[near] * (1 - 1e-4)).all()
 
 
 def test_frozen_codes_stay_and_the_result_still_packs(gram, weight):
