@@ -32,7 +32,8 @@ WARMUP = 0.1  # share of the steps over which the learning rate rises; then it f
 VALIDATIONS = 8  # in a whole run
 GRADIENT_NORM = 1.0
 # Of norms and biases, beside matrices: every token moves each of them, so they bear larger steps. Measured on SmolLM2's
-# recovery at a rate of 1e-4: a KL of 0.432 nats a token after 30 steps, where without it is 0.441.
+# recovery, matrices at 1e-4, 30 steps: norms at 2e-3 give a KL of 0.432 nats a token, at 1e-4 0.441. With matrices at
+# 2e-4, norms at 4e-3 were too fast.
 VECTOR_RATE = 10.0
 
 Sequences = Sequence[Sequence[int]]
