@@ -291,6 +291,24 @@ class PublishConfig(Section):
     safetensors: bool = Field(False, description="Publish the final model as safetensors too.")
 
 
+class ResumeConfig(Section):
+    """Going on after a kill. None of it changes the result."""
+
+    minutes: float = Field(
+        5,
+        ge=0,
+        description="Minutes between two checkpoints within training, recovery and finishing; 0: none by time. Two are "
+        "kept, each about 12 bytes a trained parameter.",
+    )
+    steps: int = Field(0, ge=0, description="A checkpoint every so many optimizer steps, too; 0: none by steps.")
+    upload: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="Copy checkpoints and finished stages to the output, for a restart on an empty disk. auto: if the "
+        "output is a bucket.",
+    )
+    keep: bool = Field(False, description="Leave those copies there when the release is published.")
+
+
 class JobConfig(Section):
     """A whole job."""
 
@@ -321,6 +339,7 @@ class JobConfig(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     gate: GateConfig = GateConfig()
     publish: PublishConfig = PublishConfig()
+    resume: ResumeConfig = ResumeConfig()
 
     @field_validator("work_dir")
     @classmethod

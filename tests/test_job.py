@@ -116,7 +116,7 @@ def test_a_second_run_skips_what_is_done(done, toy_gpt2, tmp_path):
     assert (tmp_path / "out" / "gpt2-ye-trump-Q8_0.gguf").exists()
     published = {path.name for path in (tmp_path / "out" / "safetensors").iterdir()}
     assert {"model.safetensors", "config.json", "tokenizer.json"} <= published
-    assert "DONE.json" not in published
+    assert "COMMIT.json" not in published
 
 
 @pytest.mark.slow

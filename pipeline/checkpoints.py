@@ -1,0 +1,130 @@
+"""Checkpoints within a stage: what it goes on from when it was killed in the middle."""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+from pipeline.config import ResumeConfig
+from pipeline.mirror import Mirror, tolerated
+from pipeline.sealed import opened, seal
+from pipeline.storage.local import TEMPORARY, sync
+
+log = logging.getLogger(__name__)
+
+KEPT = 2  # the newest can turn out torn where the disk or the bucket lost something
+# Weights are safetensors. The other two hold optimizer and random states, and are read with weights_only.
+FILES = ("*.safetensors", "*.json", "*.pt", "*.pth", "README.md")
+LIBRARIES = ("torch", "transformers")
+STEP = re.compile(r"step-\d{8}")
+
+
+class Checkpoints:
+    """Sealed folders `step-00000040` in `folder`, the newest two of them, each copied to `mirror` under `name`."""
+
+    def __init__(self, folder: Path, cfg: ResumeConfig, mirror: Mirror | None = None, name: str = "") -> None:
+        self.folder, self.cfg, self.mirror, self.name = folder, cfg, mirror, name
+        self.saved_at = time.monotonic()
+        self.copying: threading.Thread | None = None
+        for leftover in folder.glob(f"{TEMPORARY}*"):  # of a write that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    def part(self, name: str) -> Checkpoints:
+        """Those of one of several trainings in the same stage."""
+        return Checkpoints(self.folder / name, self.cfg, self.mirror, f"{self.name}/{name}")
+
+    def due(self, step: int) -> bool:
+        by_steps = self.cfg.steps and step % self.cfg.steps == 0
+        return bool(by_steps or (self.cfg.minutes and time.monotonic() - self.saved_at >= 60 * self.cfg.minutes))
+
+    def save(self, step: int, write: Callable[[Path], object]) -> None:
+        """The state that `write` puts into an empty folder becomes the newest checkpoint; the third newest goes."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        temporary, final = self.folder / f"{TEMPORARY}{uuid.uuid4().hex}", self.folder / f"step-{step:08d}"
+        temporary.mkdir()
+        try:
+            write(temporary)
+            size = sum(file.size for file in seal(temporary, {"step": step, "made_with": libraries()}).files.values())
+            shutil.rmtree(final, ignore_errors=True)  # a torn one that was passed over
+            temporary.rename(final)
+            sync(self.folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        self._wait()  # for the copy of the one before: it must still be there
+        for old in self._local()[:-KEPT]:
+            shutil.rmtree(old)
+        log.info("%s: checkpoint at step %d, %.1f MB", self.folder.parent.name, step, size / 1e6)
+        if self.mirror:
+            self.copying = threading.Thread(target=self._copy, args=(self.mirror, final), daemon=True)
+            self.copying.start()
+        self.saved_at = time.monotonic()
+
+    def newest(self) -> Path | None:
+        """The newest whole checkpoint, brought from the bucket if it is not here; those that are torn are passed over.
+
+        One of other versions of the libraries does not count either: its steps may not be those of these.
+        """
+        local = {path.name for path in self._local()}
+        copied = {name.rpartition("/")[2] for name in self._copied()}
+        for name in sorted(local | copied, reverse=True):
+            path = self.folder / name
+            if (name in local and usable(path)) or (name in copied and self._fetch(path) and usable(path)):
+                return path
+        return None
+
+    def clear(self) -> None:
+        """For when the stage is done: what its checkpoints were for."""
+        self._wait()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        if self.mirror:
+            with tolerated(f"{self.name} is not removed from the output"):
+                self.mirror.remove(self.name)
+
+    def _local(self) -> list[Path]:
+        return sorted(path for path in self.folder.glob("step-*") if STEP.fullmatch(path.name))
+
+    def _copied(self) -> list[str]:
+        if not self.mirror:
+            return []
+        names = (name.removeprefix(f"{self.name}/") for name in self.mirror.names(self.name))
+        return [f"{self.name}/{name}" for name in names if STEP.fullmatch(name)]
+
+    def _fetch(self, path: Path) -> bool:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return self.mirror is not None and self.mirror.fetch(f"{self.name}/{path.name}", path, FILES)
+
+    def _copy(self, mirror: Mirror, checkpoint: Path) -> None:
+        """Beside the training, which goes on without a copy when the bucket is away."""
+        with tolerated(f"{self.name}: {checkpoint.name} is not copied to the output"):
+            mirror.save(checkpoint, f"{self.name}/{checkpoint.name}")
+            for old in self._copied()[:-KEPT]:
+                mirror.remove(old)
+
+    def _wait(self) -> None:
+        if self.copying:
+            self.copying.join()
+
+
+def usable(checkpoint: Path) -> bool:
+    sealed = opened(checkpoint)
+    if sealed is None:
+        return False
+    if sealed.content.get("made_with") != libraries():
+        log.warning("%s is passed over: it is not of these versions, %s", checkpoint, libraries())
+        return False
+    return True
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def libraries() -> dict[str, str]:
+    return {name: version(name) for name in LIBRARIES}
