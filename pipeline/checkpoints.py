@@ -40,6 +40,9 @@ class Checkpoints:
         """Those of one of several trainings in the same stage."""
         return Checkpoints(self.folder / name, self.cfg, self.mirror, f"{self.name}/{name}")
 
+    def at(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
     def due(self, step: int) -> bool:
         by_steps = self.cfg.steps and step % self.cfg.steps == 0
         return bool(by_steps or (self.cfg.minutes and time.monotonic() - self.saved_at >= 60 * self.cfg.minutes))
@@ -47,7 +50,7 @@ class Checkpoints:
     def save(self, step: int, write: Callable[[Path], object]) -> None:
         """The state that `write` puts into an empty folder becomes the newest checkpoint; the third newest goes."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        temporary, final = self.folder / f"{TEMPORARY}{uuid.uuid4().hex}", self.folder / f"step-{step:08d}"
+        temporary, final = self.folder / f"{TEMPORARY}{uuid.uuid4().hex}", self.at(step)
         temporary.mkdir()
         try:
             write(temporary)
