@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from pipeline.artifacts import Calibration, Checkpoint, Facts, GgufFile, GgufSet, sha256_of
 from pipeline.calibrate import load_calibration
+from pipeline.checkpoints import Checkpoints
 from pipeline.config import FinishConfig
 from pipeline.device import arithmetic_of
 from pipeline.distill import Group, Recipe, distill
@@ -55,15 +56,18 @@ def finish(
     device: str,
     seed: int,
     out: Path,
+    checkpoints: Checkpoints | None = None,
 ) -> GgufSet:
     """Each file of `quantized` trained against `tuned`, under the same name in `out`.
 
     F16 files are not trained. A file whose validation loss does not fall stays as it was. Raises `CheckFailed` when
     the loss is not finite, or when a file has another size or other types than before.
     """
-    return GgufSet(
-        tuple(finish_file(file, recovered, tuned, calibration, cfg, device, seed, out) for file in quantized.files)
-    )
+    finished = []
+    for file in quantized.files:
+        of_file = checkpoints.part(file.path.name) if checkpoints else None
+        finished.append(finish_file(file, recovered, tuned, calibration, cfg, device, seed, out, of_file))
+    return GgufSet(tuple(finished))
 
 
 def finish_file(
@@ -75,6 +79,7 @@ def finish_file(
     device: str,
     seed: int,
     out: Path,
+    checkpoints: Checkpoints | None,
 ) -> GgufFile:
     path = out / file.path.name
     shutil.copyfile(file.path, path)
@@ -90,7 +95,8 @@ def finish_file(
     freeze_rounded(student, path)
     kquants = read_kquants(student, path) if cfg.train == "all" else {}
     kept = kept_codes(kquants, weights, bool(file.facts.get("keep_zeros")))
-    facts = finish_model(student, load_fp32(tuned, device), kquants, weights, kept, train, validation, recipe)
+    teacher = load_fp32(tuned, device)
+    facts = finish_model(student, teacher, kquants, weights, kept, train, validation, recipe, checkpoints)
     write_vectors(student, path)
     write_kquants(student, path, facts.pop("kquants"))
     if file.facts.get("keep_zeros"):
@@ -127,6 +133,7 @@ def finish_model(
     train: Sequence[Sequence[int]],
     validation: Sequence[Sequence[int]],
     recipe: Recipe,
+    checkpoints: Checkpoints | None = None,
 ) -> Facts:
     """Trains `student`, which computes with the quantized weights, in place: those of its vectors that want a gradient.
 
@@ -144,7 +151,7 @@ def finish_model(
     if grids:
         groups.append(Group([grid.place for grid in grids.values()], PLACE_RATE))
         groups.append(Group([gain for grid in grids.values() for gain in (grid.gain, grid.min_gain)], GAIN_RATE))
-    facts = distill(student, teacher, train, validation, groups, recipe, what="finish")
+    facts = distill(student, teacher, train, validation, groups, recipe, what="finish", checkpoints=checkpoints)
     trained = {name: grid.quantized().to("cpu") for name, grid in grids.items()}
     for name in grids:
         take_off_grid(modules[name])
