@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import re
 import shutil
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
+from pipeline.child import LEAST_FREE_BYTES
 from pipeline.config import ResumeConfig
 from pipeline.mirror import Mirror, tolerated
 from pipeline.sealed import opened, seal
@@ -33,8 +35,7 @@ class Checkpoints:
         self.folder, self.cfg, self.mirror, self.name = folder, cfg, mirror, name
         self.saved_at = time.monotonic()
         self.copying: threading.Thread | None = None
-        for leftover in folder.glob(f"{TEMPORARY}*"):  # of a write that was killed
-            shutil.rmtree(leftover, ignore_errors=True)
+        self._clear_up()
 
     def part(self, name: str) -> Checkpoints:
         """Those of one of several trainings in the same stage."""
@@ -48,26 +49,27 @@ class Checkpoints:
         return bool(by_steps or (self.cfg.minutes and time.monotonic() - self.saved_at >= 60 * self.cfg.minutes))
 
     def save(self, step: int, write: Callable[[Path], object]) -> None:
-        """The state that `write` puts into an empty folder becomes the newest checkpoint; the third newest goes."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        temporary, final = self.folder / f"{TEMPORARY}{uuid.uuid4().hex}", self.at(step)
-        temporary.mkdir()
+        """The state that `write` puts into an empty folder becomes the newest checkpoint; the third newest goes.
+
+        Where the disk has no room for it, the work goes on without: a checkpoint is worth less than the result.
+        """
+        self.saved_at = time.monotonic()
         try:
-            write(temporary)
-            size = sum(file.size for file in seal(temporary, {"step": step, "made_with": libraries()}).files.values())
-            shutil.rmtree(final, ignore_errors=True)  # a torn one that was passed over
-            temporary.rename(final)
-            sync(self.folder)
+            size = self._write(step, write)
+        except Exception as e:  # safetensors and torch have errors of their own for a full disk
+            if not is_full(self.folder, e):
+                raise
+            log.warning("%s: no room on the disk for a checkpoint at step %d (%s)", self._stage(), step, e)
+            return
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            self._clear_up()
         self._wait()  # for the copy of the one before: it must still be there
         for old in self._local()[:-KEPT]:
             shutil.rmtree(old)
-        log.info("%s: checkpoint at step %d, %.1f MB", self.folder.parent.name, step, size / 1e6)
+        log.info("%s: checkpoint at step %d, %.1f MB", self._stage(), step, size / 1e6)
         if self.mirror:
-            self.copying = threading.Thread(target=self._copy, args=(self.mirror, final), daemon=True)
+            self.copying = threading.Thread(target=self._copy, args=(self.mirror, self.at(step)), daemon=True)
             self.copying.start()
-        self.saved_at = time.monotonic()
 
     def newest(self) -> Path | None:
         """The newest whole checkpoint, brought from the bucket if it is not here; those that are torn are passed over.
@@ -89,6 +91,25 @@ class Checkpoints:
         if self.mirror:
             with tolerated(f"{self.name} is not removed from the output"):
                 self.mirror.remove(self.name)
+
+    def _write(self, step: int, write: Callable[[Path], object]) -> int:
+        """How many bytes it has."""
+        temporary, final = self.folder / f"{TEMPORARY}{uuid.uuid4().hex}", self.at(step)
+        temporary.mkdir(parents=True)
+        write(temporary)
+        sealed = seal(temporary, {"step": step, "made_with": libraries()})
+        shutil.rmtree(final, ignore_errors=True)  # a torn one that was passed over
+        temporary.rename(final)
+        sync(self.folder)
+        return sum(file.size for file in sealed.files.values())
+
+    def _clear_up(self) -> None:
+        """What a write left that failed, or was killed."""
+        for leftover in self.folder.glob(f"{TEMPORARY}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    def _stage(self) -> str:
+        return self.name.partition("/")[0] or self.folder.name
 
     def _local(self) -> list[Path]:
         return sorted(path for path in self.folder.glob("step-*") if STEP.fullmatch(path.name))
@@ -113,6 +134,12 @@ class Checkpoints:
     def _wait(self) -> None:
         if self.copying:
             self.copying.join()
+
+
+def is_full(folder: Path, error: Exception) -> bool:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return shutil.disk_usage(folder).free < LEAST_FREE_BYTES
 
 
 def usable(checkpoint: Path) -> bool:

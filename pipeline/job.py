@@ -30,6 +30,7 @@ from pipeline.publish import complete, find_release, is_latest, read_metrics, re
 from pipeline.quantize import quantize
 from pipeline.recover import recover
 from pipeline.rejection import publish_judged, refuse_rejected
+from pipeline.room import check_room, needs_of
 from pipeline.settings import Resolved
 from pipeline.sparsify import sparsify
 from pipeline.stage import Stages
@@ -77,6 +78,8 @@ def run(resolved: Resolved) -> Outcome:
 
     base = stages.run(obtain, cfg.model, outside=source)
     check_model(base, cfg, tools)
+    check_room(base, cfg, device.name)
+    stages.needs = needs_of(base, cfg)
     tokens = stages.run(tokenize, corpus, base, cfg.tokens)
     where: dict[str, Any] = {"device": device.name, "seed": cfg.seed}
     tuned = stages.run(finetune, base, tokens, cfg.train, **where)

@@ -26,6 +26,7 @@ from pipeline.meter import Meter
 from pipeline.mirror import Mirror, tolerated
 from pipeline.sealed import opened, seal
 from pipeline.storage import scheme_of
+from pipeline.work_folder import make_room, touch
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +58,8 @@ class Stages:
         self.work_dir = work_dir
         self.resume = resume or ResumeConfig()
         self.mirror: Mirror | None = None
+        self.needs: dict[str, int] = {}  # bytes on the disk, by stage
+        self.used: list[str] = []
         self.records: list[StageRecord] = []
         self.facts: dict[str, Facts] = {}  # stage to what its artifact says was measured
 
@@ -83,8 +86,10 @@ class Stages:
         out = self.work_dir / place
         checkpoints = Checkpoints(Path(f"{out}.checkpoints"), self.resume, self.mirror, f"{place}/training")
         artifact: Artifact
+        self.used.append(place)
         if done := self._done(place, kind):
             artifact, record = done
+            touch(out)
             log.info("%s: already done (%.1f s then), skipped", name, record.seconds)
         else:
             shutil.rmtree(out, ignore_errors=True)
@@ -108,6 +113,7 @@ class Stages:
         out = self.work_dir / place
         if done := read_marker(out, kind):
             return done
+        make_room(self.work_dir, self.needs.get(place.partition("/")[0], 0), self.used)
         if self._is_copied(place) and self.mirror and self.mirror.fetch(f"{place}/result", out, FILES):
             return read_marker(out, kind)
         return None

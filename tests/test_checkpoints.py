@@ -1,4 +1,5 @@
 import logging
+from types import SimpleNamespace
 
 import pytest
 
@@ -155,3 +156,32 @@ def test_training_goes_on_when_the_bucket_is_away(tmp_path, mirror, monkeypatch,
     save(checkpoints, 1)
     assert "step-00000001 is not copied to the output: it does not answer" in caplog.text
     assert step_of(checkpoints.newest()) == 1
+
+
+@pytest.mark.parametrize("sign", ["errno", "free"])
+def test_a_full_disk_costs_the_checkpoint_and_not_the_work(sign, tmp_path, caplog, monkeypatch):
+    checkpoints = at(tmp_path)
+    save(checkpoints, 1)
+
+    def full(folder):
+        (folder / "half").write_text("x")
+        if sign == "errno":
+            raise OSError(28, "No space left on device")
+        monkeypatch.setattr(module.shutil, "disk_usage", lambda path: SimpleNamespace(free=4096))
+        raise RuntimeError("PytorchStreamWriter failed writing file data/0")  # torch's word for it
+
+    checkpoints.save(2, full)
+    assert "no room on the disk for a checkpoint at step 2" in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    monkeypatch.undo()
+    save(checkpoints, 3)
+    assert step_of(checkpoints.newest()) == 3
+
+
+def test_another_error_while_writing_is_not_taken_for_a_full_disk(tmp_path):
+    def wrong(folder):
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        at(tmp_path).save(1, wrong)
+    assert list(tmp_path.iterdir()) == []

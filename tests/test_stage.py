@@ -221,3 +221,16 @@ def test_a_stage_that_was_killed_goes_on_from_its_checkpoint_and_leaves_none(giv
         path.parent.parent.name for path in (tmp_path / "bucket").rglob(MARKER)
     ]
     assert [path.parent.name for path in (tmp_path / "bucket").rglob(MARKER)] == ["result"]
+
+
+def test_older_folders_make_room_for_a_stage_that_needs_it_but_not_those_of_this_job(given, tmp_path):
+    for seed in (1, 2):
+        Stages(tmp_path).run(copy, given[0], given[1], seed=seed)
+    stages = Stages(tmp_path)
+    stages.needs = {"copy": 10**18}
+    stages.run(copy, *given, seed=2)
+    assert len(list((tmp_path / "copy").iterdir())) == 2  # it was done: nothing was needed
+    stages.run(copy, *given, seed=3)
+    assert {path.name for path in (tmp_path / "copy").iterdir()} == {
+        record.fingerprint[:16] for record in stages.records
+    }
