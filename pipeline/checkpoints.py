@@ -16,7 +16,7 @@ from pathlib import Path
 from pipeline.child import LEAST_FREE_BYTES
 from pipeline.config import ResumeConfig
 from pipeline.mirror import Mirror, tolerated
-from pipeline.sealed import opened, seal
+from pipeline.sealed import clear_up, opened, seal
 from pipeline.storage.local import TEMPORARY, sync
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class Checkpoints:
         self.folder, self.cfg, self.mirror, self.name = folder, cfg, mirror, name
         self.saved_at = time.monotonic()
         self.copying: threading.Thread | None = None
-        self._clear_up()
+        clear_up(folder)
 
     def part(self, name: str) -> Checkpoints:
         """Those of one of several trainings in the same stage."""
@@ -62,7 +62,7 @@ class Checkpoints:
             log.warning("%s: no room on the disk for a checkpoint at step %d (%s)", self._stage(), step, e)
             return
         finally:
-            self._clear_up()
+            clear_up(self.folder)
         self._wait()  # for the copy of the one before: it must still be there
         for old in self._local()[:-KEPT]:
             shutil.rmtree(old)
@@ -102,11 +102,6 @@ class Checkpoints:
         temporary.rename(final)
         sync(self.folder)
         return sum(file.size for file in sealed.files.values())
-
-    def _clear_up(self) -> None:
-        """What a write left that failed, or was killed."""
-        for leftover in self.folder.glob(f"{TEMPORARY}*"):
-            shutil.rmtree(leftover, ignore_errors=True)
 
     def _stage(self) -> str:
         return self.name.partition("/")[0] or self.folder.name

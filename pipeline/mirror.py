@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from pipeline.errors import InputMissing, QuotesmithError
 from pipeline.manifest import describe
 from pipeline.publish import put_object
-from pipeline.sealed import MARKER, Seal, SealedFile, matches, opened, parsed
+from pipeline.sealed import MARKER, Seal, SealedFile, clear_up, matches, opened, parsed
 from pipeline.storage import open_store
 from pipeline.storage.local import TEMPORARY, sync
 
@@ -49,6 +49,7 @@ class Mirror:
         """
         if not self.holds(name):
             return False
+        clear_up(to.parent)
         temporary = to.parent / f"{TEMPORARY}{uuid.uuid4().hex}"
         try:
             data = self.store.read(self._marker(name))
@@ -71,13 +72,13 @@ class Mirror:
 
     def names(self, prefix: str) -> list[str]:
         """Of the whole folders below `prefix`, sorted."""
-        found = (name for name, _ in self.store.list(f"{self.root}/{prefix}/") if name.endswith(f"/{MARKER}"))
+        found = (name for name, _ in self.store.list(self._below(prefix)) if name.endswith(f"/{MARKER}"))
         return [name.removeprefix(f"{self.root}/").removesuffix(f"/{MARKER}") for name in found]
 
     def remove(self, prefix: str = "") -> None:
         """Every folder at or below `prefix`; the markers first, so that none stands for files that are gone."""
-        below = f"{self.root}/{prefix}/" if prefix else f"{self.root}/"
-        for name in sorted((name for name, _ in self.store.list(below)), key=lambda name: not name.endswith(MARKER)):
+        names = [name for name, _ in self.store.list(self._below(prefix))]
+        for name in sorted(names, key=lambda name: not name.endswith(MARKER)):
             self.store.remove(name)
 
     def _fill(self, folder: Path, name: str, sealed: Seal, allowed: Sequence[str]) -> None:
@@ -94,6 +95,9 @@ class Mirror:
         self.store.get(name, to)
         if not matches(to, expected):
             raise ValueError(f"{name} has another hash than its marker says")
+
+    def _below(self, prefix: str) -> str:
+        return f"{self.root}/{prefix}/" if prefix else f"{self.root}/"
 
     def _object(self, name: str, sha256: str) -> str:
         return f"{self.root}/{name}/sha256/{sha256}"

@@ -134,7 +134,8 @@ def trained_bytes(base: Checkpoint) -> int:
     """Of what recovery and finishing train: all but token embedding and head."""
     config = AutoConfig.from_pretrained(base.path)
     table = 4 * config.vocab_size * config.hidden_size
-    return max(0, weight_bytes(base) - (table if config.tie_word_embeddings else 2 * table))
+    tables: int = table if config.tie_word_embeddings else 2 * table
+    return max(0, weight_bytes(base) - tables)
 
 
 def memory_available() -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pipeline.artifacts import sha256_of
 from pipeline.errors import ConfigError
 from pipeline.storage import check_name
-from pipeline.storage.local import sync, written
+from pipeline.storage.local import TEMPORARY, sync, written
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +76,13 @@ def opened(folder: Path) -> Seal | None:
         log.warning("%s is passed over: %s is not as it was when it was written", folder, altered)
         return None
     return sealed
+
+
+def clear_up(folder: Path) -> None:
+    """Removes what a write in `folder` left that failed, or was killed."""
+    for leftover in folder.glob(f"{TEMPORARY}*"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def parsed(data: bytes) -> Seal:

@@ -1,13 +1,19 @@
 import logging
+from contextlib import suppress
 
 import pytest
 
+from pipeline import bucket, retrying, sealed
+from pipeline import mirror as mirroring
+from pipeline.bucket import BucketStore
 from pipeline.errors import InputMissing, ServiceUnavailable
 from pipeline.mirror import Mirror, tolerated
 from pipeline.sealed import MARKER, opened, seal
-from pipeline.storage import open_store
+from pipeline.storage import local, open_store
+from tests.faulty_requests import FaultyRequests, Killed, Service, simulate_time
 
 ALL = ("*",)
+FAULTS = ("busy", "lost", "delay", "cut", "short", "flipped", "late", "conflict", "twice")
 
 
 @pytest.fixture(params=["folder", "gs"])
@@ -126,3 +132,32 @@ def test_what_a_job_can_do_without_is_said_and_no_more(caplog):
     assert "not copied: gs://x does not answer" in caplog.text
     with pytest.raises(KeyError), tolerated("not copied"):
         raise KeyError
+
+
+def test_a_copy_is_whole_or_absent_whatever_the_network_does(folder, tmp_path, monkeypatch):
+    simulate_time(monkeypatch)
+    for module in (sealed, local, bucket, mirroring):
+        monkeypatch.setattr(module, "sync", lambda path: None)  # no power fails here
+    given = contents(folder)
+
+    def mirror_over(service, seed, **network):
+        store = BucketStore(FaultyRequests(service, seed, rate=0.3, faults=FAULTS, **network))
+        monkeypatch.setattr(mirroring, "open_store", lambda uri: store)
+        return Mirror("mem://bucket", "run")
+
+    found = []
+    for seed in range(300):
+        service, to = Service(), tmp_path / str(seed)
+        end = Killed if seed % 2 else ServiceUnavailable
+        with suppress(Killed, *retrying.PASSING):
+            mirror_over(service, seed, ends_after=seed % 23, end=end).save(folder, "a")
+        found.append(mirror_over(service, seed + 1).fetch("a", to, ALL))
+        assert found[-1] == to.exists()
+        assert not found[-1] or contents(to) == given, f"seed {seed}"
+        mirror_over(service, seed + 2).save(folder, "a")
+        assert mirror_over(service, seed + 3).fetch("a", to, ALL), f"seed {seed}"
+        with suppress(Killed):
+            mirror_over(service, seed, ends_after=seed % 11, end=Killed).remove("a")
+        stands = mirror_over(service, seed).names("") == ["a"]
+        assert mirror_over(service, seed).fetch("a", tmp_path / "again", ALL) == stands
+    assert 20 < sum(found) < 280
