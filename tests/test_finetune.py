@@ -367,6 +367,15 @@ def test_a_torn_checkpoint_is_passed_over_and_the_weights_are_the_same(base, tok
     assert caplog.text.count("passed over") == 1
 
 
+def test_a_loss_that_was_not_logged_yet_is_not_lost(base, tokens, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "LOGGED_STEPS", 3)
+    whole = tune(base, tokens, tmp_path / "whole", **SHORT)
+    assert [entry["step"] for entry in whole.facts["loss_history"]] == [2, 4, 6]
+    again = interrupted(base, tokens, tmp_path / "out", 4, **SHORT)
+    assert again.facts["resumed"] == 3
+    assert again.facts["loss_history"] == whole.facts["loss_history"]
+
+
 def test_the_speed_after_going_on_counts_only_what_was_trained_since(base, tokens, tmp_path, monkeypatch):
     counted = []
     original = module.speed
