@@ -9,7 +9,7 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -35,11 +35,13 @@ class Checkpoints:
         self.folder, self.cfg, self.mirror, self.name = folder, cfg, mirror, name
         self.saved_at = time.monotonic()
         self.copying: threading.Thread | None = None
+        self.parts: list[Checkpoints] = []
         clear_up(folder)
 
     def part(self, name: str) -> Checkpoints:
         """Those of one of several trainings in the same stage."""
-        return Checkpoints(self.folder / name, self.cfg, self.mirror, f"{self.name}/{name}")
+        self.parts.append(Checkpoints(self.folder / name, self.cfg, self.mirror, f"{self.name}/{name}"))
+        return self.parts[-1]
 
     def at(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
@@ -64,8 +66,8 @@ class Checkpoints:
         finally:
             clear_up(self.folder)
         self._wait()  # for the copy of the one before: it must still be there
-        for old in self._local()[:-KEPT]:
-            shutil.rmtree(old)
+        for old in superseded([path.name for path in self._local()], self.at(step).name):
+            shutil.rmtree(self.folder / old)
         log.info("%s: checkpoint at step %d, %.1f MB", self._stage(), step, size / 1e6)
         if self.mirror:
             self.copying = threading.Thread(target=self._copy, args=(self.mirror, self.at(step)), daemon=True)
@@ -123,12 +125,20 @@ class Checkpoints:
         """Beside the training, which goes on without a copy when the bucket is away."""
         with tolerated(f"{self.name}: {checkpoint.name} is not copied to the output"):
             mirror.save(checkpoint, f"{self.name}/{checkpoint.name}")
-            for old in self._copied()[:-KEPT]:
+            for old in superseded(self._copied(), f"{self.name}/{checkpoint.name}"):
                 mirror.remove(old)
 
     def _wait(self) -> None:
-        if self.copying:
-            self.copying.join()
+        for checkpoints in (self, *self.parts):
+            if checkpoints.copying:
+                checkpoints.copying.join()
+
+
+def superseded(names: Sequence[str], newest: str) -> list[str]:
+    """Those that are not needed beside `newest` and the one before it. Later steps are of checkpoints that were passed
+    over: otherwise the work would have gone on from them."""
+    before = sorted(name for name in names if name < newest)
+    return before[: 1 - KEPT] + [name for name in names if name > newest]
 
 
 def is_full(folder: Path, error: Exception) -> bool:

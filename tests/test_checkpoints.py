@@ -1,4 +1,5 @@
 import logging
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -85,6 +86,38 @@ def test_a_torn_one_is_passed_over_for_the_one_before(damage, tmp_path, caplog, 
     assert len(caplog.records) == (damage != "no marker")
     save(checkpoints, 2)
     assert step_of(at(tmp_path).newest()) == 2
+
+
+def test_checkpoints_that_were_passed_over_do_not_push_out_those_made_after(tmp_path, mirror, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "version", lambda name: "0")
+        save(at(tmp_path / "disk", mirror), 90, 100)
+    checkpoints = at(tmp_path / "disk", mirror)
+    assert checkpoints.newest() is None
+    save(checkpoints, 10)
+    assert step_of(checkpoints.newest()) == 10
+    save(checkpoints, 20, 30)
+    names = ["step-00000020", "step-00000030"]
+    assert sorted(path.name for path in (tmp_path / "disk").iterdir()) == names
+    assert [name.rpartition("/")[2] for name in mirror.names("finetune/abc/training")] == names
+
+
+def test_clearing_waits_for_the_copies_of_every_part(tmp_path, mirror, monkeypatch):
+    started, go_on = threading.Event(), threading.Event()
+    original = mirror.save
+
+    def slow(*given):
+        started.set()
+        go_on.wait(10)
+        original(*given)
+
+    monkeypatch.setattr(mirror, "save", slow)
+    checkpoints = at(tmp_path / "disk", mirror)
+    checkpoints.part("one.gguf").save(1, lambda folder: (folder / "state.json").write_text("1"))
+    assert started.wait(10)
+    threading.Timer(0.2, go_on.set).start()
+    checkpoints.clear()
+    assert list(mirror.store.list("")) == []
 
 
 def test_what_is_torn_here_or_not_here_comes_from_the_bucket(tmp_path, mirror):
