@@ -117,13 +117,22 @@ class BucketStore:
             if token is None:
                 return
 
+    def remove(self, name: str) -> None:
+        check_name(name)
+
+        def look_and_remove() -> None:
+            found = self.requests.head(name)
+            if found:  # else it is gone, perhaps by a try whose response was lost
+                self.requests.remove(name, found.version)
+
+        self._retry(look_and_remove, Deadline(), name)
+
     def probe(self) -> None:
         name = f".probe-{uuid.uuid4().hex}"
         self.put_if_absent(name, b"probe")
-        found = self._found(name)
         if self.read(name) != b"probe":
             raise TransferError(f"{self.uri} did not give back what was written to it; try again")
-        self._retry(lambda: self.requests.remove(name, found.version), Deadline(), name)
+        self.remove(name)
 
     def _head(self, name: str, deadline: Deadline) -> Stat | None:
         check_name(name)

@@ -186,9 +186,7 @@ class RecoverConfig(Section):
 
     steps: int = Field(60, ge=0, description="Optimizer steps; 0: no recovery.")
     batch_tokens: int = Field(1024, ge=32, description="Tokens a step at most.")
-    learning_rate: float = Field(
-        1e-4, gt=0, le=1, description="The highest learning rate of the schedule; norms and biases get 10 times that."
-    )
+    learning_rate: float = Field(1e-4, gt=0, le=1, description="The highest learning rate of the schedule.")
     features: float = Field(
         0.0, ge=0, description="Weight of the difference in the blocks' outputs, beside that in the predictions."
     )
@@ -299,6 +297,24 @@ class PublishConfig(Section):
     safetensors: bool = Field(False, description="Publish the final model as safetensors too.")
 
 
+class ResumeConfig(Section):
+    """Going on after a kill. None of it changes the result."""
+
+    minutes: float = Field(
+        5,
+        ge=0,
+        description="Minutes between two checkpoints within training, recovery and finishing; 0: none by time. Two are "
+        "kept, each about 12 bytes a trained parameter.",
+    )
+    steps: int = Field(0, ge=0, description="A checkpoint every so many optimizer steps, too; 0: none by steps.")
+    upload: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="Copy checkpoints and finished stages to the output, for a restart on an empty disk. auto: if the "
+        "output is a bucket.",
+    )
+    keep: bool = Field(False, description="Leave those copies there when the release is published.")
+
+
 class JobConfig(Section):
     """A whole job."""
 
@@ -329,6 +345,7 @@ class JobConfig(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     gate: GateConfig = GateConfig()
     publish: PublishConfig = PublishConfig()
+    resume: ResumeConfig = ResumeConfig()
 
     @field_validator("work_dir")
     @classmethod

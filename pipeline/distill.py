@@ -10,9 +10,10 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -22,7 +23,9 @@ from transformers import PreTrainedModel
 
 from pipeline.activations import grouped
 from pipeline.artifacts import Facts
+from pipeline.checkpoints import Checkpoints
 from pipeline.collate import collate
+from pipeline.course import Best, Course, read, write
 from pipeline.errors import CheckFailed
 from pipeline.progress import bar
 
@@ -31,10 +34,6 @@ log = logging.getLogger(__name__)
 WARMUP = 0.1  # share of the steps over which the learning rate rises; then it falls to zero along a cosine
 VALIDATIONS = 8  # in a whole run
 GRADIENT_NORM = 1.0
-# Of norms and biases, beside matrices: every token moves each of them, so they bear larger steps. Measured on SmolLM2's
-# recovery, matrices at 1e-4, 30 steps: norms at 2e-3 give a KL of 0.432 nats a token, at 1e-4 0.441. With matrices at
-# 2e-4, norms at 4e-3 were too fast.
-VECTOR_RATE = 10.0
 
 Sequences = Sequence[Sequence[int]]
 
@@ -58,12 +57,6 @@ class Group:
     rate: float = 1.0
 
 
-def grouped_by_rank(parameters: Iterable[nn.Parameter]) -> list[Group]:
-    """Matrices and vectors, each with its rate."""
-    found = list(parameters)
-    return [Group([p for p in found if p.ndim > 1]), Group([p for p in found if p.ndim == 1], VECTOR_RATE)]
-
-
 def distill(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
@@ -74,9 +67,11 @@ def distill(
     *,
     what: str,
     after_step: Callable[[], None] = lambda: None,
+    checkpoints: Checkpoints | None = None,
 ) -> Facts:
     """Trains `groups` of `student` in place and leaves them as they were at the lowest validation loss.
 
+    Goes on from the newest of `checkpoints`, on a CPU to the same bits; `student` comes as it was before any training.
     Raises `CheckFailed` when the loss is not finite.
     """
     trained = [parameter for group in groups for parameter in group.parameters]
@@ -90,67 +85,52 @@ def distill(
         weight_decay=0.0,
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(step, recipe.steps))
-    started = time.monotonic()
-    best = Best(trained, validate(student, teacher, validation, recipe))
-    curve = [point(0, started, best.loss)]
-    losses: list[float] = []
+    best = Best(trained, math.inf)
+    found = checkpoints.newest() if checkpoints else None
+    if found:
+        course = read(found, best, optimizer, schedule)
+        log.info("%s: goes on from its checkpoint at step %d", what, course.step)
+    else:
+        course, best.loss = Course(), validate(student, teacher, validation, recipe)
+    started, resumed = time.monotonic() - course.seconds, course.step
+    course.curve = course.curve or [point(0, started, best.loss)]
     every = max(1, math.ceil(recipe.steps / VALIDATIONS))
-    batches = endless(train, recipe.batch_tokens, recipe.seed)
-    tokens = step = 0
-    for step in bar(range(1, recipe.steps + 1), what, recipe.steps):
-        batch = next(batches)
-        loss, counted = divergence(student, teacher, batch, recipe)
+    batches = islice(endless(train, recipe.batch_tokens, recipe.seed), resumed, None)
+    for step in bar(range(resumed + 1, recipe.steps + 1), what, recipe.steps - resumed):
+        loss, counted = divergence(student, teacher, next(batches), recipe)
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(trained, GRADIENT_NORM)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
         after_step()
-        tokens += counted
-        losses.append(loss.item())
-        require_finite(losses[-1], what, step, recipe)
+        course.step, course.tokens = step, course.tokens + counted
+        course.losses.append(loss.item())
+        require_finite(course.losses[-1], what, step, recipe)
         if step % every == 0 or step == recipe.steps:
-            found = validate(student, teacher, validation, recipe)
-            curve.append(point(step, started, found))
-            log.info("%s: step %d of %d, validation KL %.4f nats a token", what, step, recipe.steps, found)
-            if best.take(found) >= recipe.patience:
+            kl = validate(student, teacher, validation, recipe)
+            course.curve.append(point(step, started, kl))
+            log.info("%s: step %d of %d, validation KL %.4f nats a token", what, step, recipe.steps, kl)
+            if best.take(kl) >= recipe.patience:
                 break
+        if checkpoints and step < recipe.steps and checkpoints.due(step):
+            course.seconds = time.monotonic() - started
+            checkpoints.save(step, lambda folder: write(folder, course, best, optimizer, schedule))
     best.restore()
     return {
-        "steps": step,
+        "steps": course.step,
         "planned_steps": recipe.steps,
-        "tokens": tokens,
+        "resumed": resumed,  # step of the checkpoint it went on from; 0: from the start
+        "tokens": course.tokens,
         "precision": recipe.precision,
         "trained_parameters": sum(parameter.numel() for parameter in trained),
         "validation_tokens": sum(len(ids) - 1 for ids in validation),
-        "validation_kl_before": curve[0]["validation_kl"],
+        "validation_kl_before": course.curve[0]["validation_kl"],
         "validation_kl": best.loss,
-        "best_step": curve[best.at]["step"],
-        "curve": curve,
-        "loss_history": losses,
+        "best_step": course.curve[best.at]["step"],
+        "curve": course.curve,
+        "loss_history": course.losses,
     }
-
-
-class Best:
-    """The trained parameters at the lowest validation loss so far."""
-
-    def __init__(self, parameters: Sequence[nn.Parameter], loss: float) -> None:
-        self.parameters, self.loss, self.at, self.seen = parameters, loss, 0, 0
-        self.values = [parameter.detach().clone() for parameter in parameters]
-
-    def take(self, loss: float) -> int:
-        """How many validations ago the lowest loss was."""
-        self.seen += 1
-        if loss < self.loss:
-            self.loss, self.at = loss, self.seen
-            for value, parameter in zip(self.values, self.parameters, strict=True):
-                value.copy_(parameter.detach())
-        return self.seen - self.at
-
-    def restore(self) -> None:
-        with torch.no_grad():
-            for value, parameter in zip(self.values, self.parameters, strict=True):
-                parameter.copy_(value)
 
 
 def point(step: int, started: float, loss: float) -> Facts:

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, PreTrainedModel, PrinterCallback, TrainingArguments
+from transformers import EarlyStoppingCallback as Patience
 
 from pipeline.adapters import merged, with_adapters
 from pipeline.artifacts import Checkpoint, Facts, TokenDataset
+from pipeline.checkpoints import Checkpoints
 from pipeline.collate import collate
 from pipeline.config import TrainConfig
 from pipeline.device import choose_precision
@@ -30,10 +32,18 @@ LOGGED_STEPS = 200  # points of the loss curve at most; each costs a wait for th
 
 
 def finetune(
-    base: Checkpoint, tokens: TokenDataset, cfg: TrainConfig, *, device: str, seed: int, out: Path
+    base: Checkpoint,
+    tokens: TokenDataset,
+    cfg: TrainConfig,
+    *,
+    device: str,
+    seed: int,
+    out: Path,
+    checkpoints: Checkpoints | None = None,
 ) -> Checkpoint:
     """`base` trained on the train split, whole and in fp32, in `out`/model; TensorBoard logs in `out`/tensorboard.
 
+    Goes on from the newest of `checkpoints`; on a CPU the result is to the bit that of a training which never stopped.
     Weights and optimizer state are fp32 whatever `cfg.precision`. LoRA and QLoRA are merged. Raises `CheckFailed`
     (code 70) when the loss is not finite, `ConfigError` when one example does not fit into the GPU.
     """
@@ -43,7 +53,7 @@ def finetune(
         for leftover in ("trainer", "tensorboard"):
             shutil.rmtree(out / leftover, ignore_errors=True)
         try:
-            trainer, model = train(base, splits, cfg, batch_size, device, seed, out)
+            trainer, model = train(base, splits, cfg, batch_size, device, seed, out, checkpoints)
             break
         except torch.cuda.OutOfMemoryError as e:
             batch_size = smaller_batch(batch_size, e)
@@ -76,7 +86,8 @@ def train(
     device: str,
     seed: int,
     out: Path,
-) -> tuple[Trainer, PreTrainedModel]:
+    checkpoints: Checkpoints | None,
+) -> tuple[QuoteTrainer, PreTrainedModel]:
     """The finished trainer and the dense model."""
     torch.manual_seed(seed)  # adapters are drawn before the Trainer sets its seed
     model = load(base, cfg, device)
@@ -89,9 +100,10 @@ def train(
         train_dataset=splits["train"],
         eval_dataset={name: splits[name] for name in ("validation", "holdout") if len(splits[name])},
         callbacks=callbacks(cfg.early_stopping, arguments.fp16, out / "tensorboard"),
+        checkpoints=checkpoints,
     )
     trainer.remove_callback(PrinterCallback)  # it prints every logged line to standard output
-    trainer.train()
+    trainer.train_on()
     require_finished(trainer, cfg)
     model.config.use_cache = use_cache  # the Trainer turns it off, and it would be saved
     dense = merged(trainer.model, load_dense(base)) if isinstance(trainer.model, PeftModel) else model
@@ -136,6 +148,7 @@ def trainer_arguments(
         save_only_model=True,
         save_total_limit=1,
         load_best_model_at_end=cfg.select_best,
+        restore_callback_states_from_checkpoint=True,  # how many epochs early stopping has waited
         metric_for_best_model="validation_loss" if cfg.select_best or cfg.early_stopping else None,
         greater_is_better=False,
         logging_steps=math.ceil(steps / LOGGED_STEPS),
@@ -157,14 +170,17 @@ def optimizer_steps(examples: int, cfg: TrainConfig) -> int:
     return cfg.max_steps or math.ceil(cfg.epochs * an_epoch)
 
 
-def require_finished(trainer: Trainer, cfg: TrainConfig) -> None:
+def require_finished(trainer: QuoteTrainer, cfg: TrainConfig) -> None:
     """`train()` also returns normally when a callback stopped it."""
     done, planned = trainer.state.global_step, trainer.state.max_steps
-    if done < planned and not cfg.early_stopping:
+    waited = [c.early_stopping_patience_counter for c in trainer.callback_handler.callbacks if isinstance(c, Patience)]
+    if done < planned and not (cfg.early_stopping and max(waited) >= cfg.early_stopping):
         raise CheckFailed(f"training ended at step {done} of {planned} without a reason; start it again")
 
 
-def measured(trainer: Trainer, splits: dict[str, Dataset], cfg: TrainConfig, device: str, batch_size: int) -> Facts:
+def measured(
+    trainer: QuoteTrainer, splits: dict[str, Dataset], cfg: TrainConfig, device: str, batch_size: int
+) -> Facts:
     history = trainer.state.log_history
     parameters = list(trainer.model.parameters())
     precision = choose_precision(cfg.precision, device)
@@ -180,9 +196,12 @@ def measured(trainer: Trainer, splits: dict[str, Dataset], cfg: TrainConfig, dev
         "epochs": trainer.state.epoch,
         "best_step": trainer.state.best_global_step if cfg.select_best else None,
         "trainable_parameters": sum(weight.numel() for weight in parameters if weight.requires_grad),
-        "tokens_per_second": speed(history, trainer.state.num_input_tokens_seen),
+        "tokens_per_second": speed(
+            [entry for entry in history if entry["step"] > trainer.resumed],
+            trainer.state.num_input_tokens_seen - trainer.tokens_before,
+        ),
         "gpu": torch.cuda.get_device_name(0) if device == "cuda" else None,
-        "resumed": False,
+        "resumed": trainer.resumed,  # step of the checkpoint it went on from; 0: from the start
         "loss_history": curve(history, "loss"),
         "heldout_loss": curve(history, "eval_holdout_loss"),
         "validation_loss": curve(history, "eval_validation_loss"),

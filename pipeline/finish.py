@@ -17,9 +17,10 @@ from transformers import PreTrainedModel
 
 from pipeline.artifacts import Calibration, Checkpoint, Facts, GgufFile, GgufSet, sha256_of
 from pipeline.calibrate import load_calibration
+from pipeline.checkpoints import Checkpoints
 from pipeline.config import FinishConfig
 from pipeline.device import arithmetic_of
-from pipeline.distill import Group, Recipe, distill, grouped_by_rank
+from pipeline.distill import Group, Recipe, distill
 from pipeline.encode import kept_at_zero
 from pipeline.errors import CheckFailed
 from pipeline.gguf_file import GgufContents
@@ -39,8 +40,9 @@ from pipeline.matrices import block_matrices, ids_of_embeddings, weight_of
 
 log = logging.getLogger(__name__)
 
-# Times the learning rate. A place lies in a cell one wide, where a weight is about a tenth of that,
-# and a gain is relative to its scale.
+# Times the learning rate. Every token moves a norm or a bias, so they bear larger steps than matrices. A place lies in a
+# cell one wide, where a weight is about a tenth of that, and a gain is relative to its scale.
+VECTOR_RATE = 10.0
 PLACE_RATE = 100.0
 GAIN_RATE = 10.0
 
@@ -55,15 +57,18 @@ def finish(
     device: str,
     seed: int,
     out: Path,
+    checkpoints: Checkpoints | None = None,
 ) -> GgufSet:
     """Each file of `quantized` trained against `tuned`, under the same name in `out`.
 
     F16 files are not trained. A file whose validation loss does not fall stays as it was. Raises `CheckFailed` when
     the loss is not finite, or when a file has another size or other types than before.
     """
-    return GgufSet(
-        tuple(finish_file(file, recovered, tuned, calibration, cfg, device, seed, out) for file in quantized.files)
-    )
+    finished = []
+    for file in quantized.files:
+        of_file = checkpoints.part(file.path.name) if checkpoints else None
+        finished.append(finish_file(file, recovered, tuned, calibration, cfg, device, seed, out, of_file))
+    return GgufSet(tuple(finished))
 
 
 def finish_file(
@@ -75,6 +80,7 @@ def finish_file(
     device: str,
     seed: int,
     out: Path,
+    checkpoints: Checkpoints | None,
 ) -> GgufFile:
     path = out / file.path.name
     shutil.copyfile(file.path, path)
@@ -90,7 +96,8 @@ def finish_file(
     freeze_rounded(student, path)
     kquants = read_kquants(student, path) if cfg.train == "all" else {}
     kept = kept_codes(kquants, weights, bool(file.facts.get("keep_zeros")))
-    facts = finish_model(student, load_fp32(tuned, device), kquants, weights, kept, train, validation, recipe)
+    teacher = load_fp32(tuned, device)
+    facts = finish_model(student, teacher, kquants, weights, kept, train, validation, recipe, checkpoints)
     write_vectors(student, path)
     write_kquants(student, path, facts.pop("kquants"))
     if file.facts.get("keep_zeros"):
@@ -127,6 +134,7 @@ def finish_model(
     train: Sequence[Sequence[int]],
     validation: Sequence[Sequence[int]],
     recipe: Recipe,
+    checkpoints: Checkpoints | None = None,
 ) -> Facts:
     """Trains `student`, which computes with the quantized weights, in place: those of its vectors that want a gradient.
 
@@ -140,11 +148,11 @@ def finish_model(
     grids: dict[str, Grid] = {
         name: put_on_grid(modules[name], kquant, weights[name], kept[name]) for name, kquant in kquants.items()
     }
-    groups = grouped_by_rank(vectors)
+    groups = [Group([p for p in vectors if p.ndim > 1]), Group([p for p in vectors if p.ndim == 1], VECTOR_RATE)]
     if grids:
         groups.append(Group([grid.place for grid in grids.values()], PLACE_RATE))
         groups.append(Group([gain for grid in grids.values() for gain in (grid.gain, grid.min_gain)], GAIN_RATE))
-    facts = distill(student, teacher, train, validation, groups, recipe, what="finish")
+    facts = distill(student, teacher, train, validation, groups, recipe, what="finish", checkpoints=checkpoints)
     trained = {name: grid.quantized().to("cpu") for name, grid in grids.items()}
     for name in grids:
         take_off_grid(modules[name])

@@ -17,6 +17,7 @@ from pipeline.artifacts import Checkpoint, Corpus, Evaluation, GgufFile, GgufSet
 from pipeline.base_model import obtain
 from pipeline.calibrate import calibrate
 from pipeline.config import JobConfig
+from pipeline.errors import CheckFailed
 from pipeline.evaluate import evaluate
 from pipeline.export import export
 from pipeline.extend import extend
@@ -29,6 +30,7 @@ from pipeline.publish import complete, find_release, is_latest, read_metrics, re
 from pipeline.quantize import quantize
 from pipeline.recover import recover
 from pipeline.rejection import publish_judged, refuse_rejected
+from pipeline.room import check_room, needs_of
 from pipeline.settings import Resolved
 from pipeline.sparsify import sparsify
 from pipeline.stage import Stages
@@ -36,10 +38,11 @@ from pipeline.tokens import tokenize
 
 log = logging.getLogger(__name__)
 
-# These say where things lie and how they are shown; none changes the model that comes out. The gates do not either,
-# but a release is written once and its metrics hold the judgement: with other gates the same files are another release.
+# These say where things lie, how they are shown and what a restart goes on from; none changes the model that comes
+# out. The gates do not either, but a release is written once and its metrics hold the judgement: with other gates the
+# same files are another release.
 NOT_IN_RUN_ID: dict[str, Any] = {
-    **dict.fromkeys(("input", "output", "work_dir", "llama_cpp", "log_format"), True),
+    **dict.fromkeys(("input", "output", "work_dir", "llama_cpp", "log_format", "resume"), True),
     "calibration": {"text"},
     "model": {"base", "revision"},  # a path or an id; what it holds is identified by its hash or commit
 }
@@ -59,7 +62,7 @@ def run(resolved: Resolved) -> Outcome:
     set_verbosity_error()
     tools, device = preflight(cfg)
     log.info("job: device %s (%s), llama.cpp %s, work_dir %s", *device, tools.version, cfg.work_dir)
-    stages = Stages(cfg.work_dir)
+    stages = Stages(cfg.work_dir, cfg.resume)
 
     refuse_foreign_files(cfg.output, plain_names(cfg))
     inputs = resolve(cfg.input, cfg.data)
@@ -67,12 +70,16 @@ def run(resolved: Resolved) -> Outcome:
     source = base_model.resolve(cfg.model)
     text = calibration_text(stages, cfg)
     run_id = run_id_of(cfg, corpus, text, source, tools.version)
+    stages.belong_to(cfg.output, run_id)
     if release := find_release(cfg.output, run_id):
+        stages.forget()
         return already_there(release, cfg)
     refuse_rejected(cfg.output, cfg.gate, run_id, plain_names(cfg))
 
     base = stages.run(obtain, cfg.model, outside=source)
     check_model(base, cfg, tools)
+    check_room(base, cfg, device.name)
+    stages.needs = needs_of(base, cfg)
     tokens = stages.run(tokenize, corpus, base, cfg.tokens)
     where: dict[str, Any] = {"device": device.name, "seed": cfg.seed}
     tuned = stages.run(finetune, base, tokens, cfg.train, **where)
@@ -99,7 +106,12 @@ def run(resolved: Resolved) -> Outcome:
 
     figures = gather(resolved, run_id, stages, corpus, tokens, finished, evaluation, tools.version)
     files = lay_out(cfg, run_id, figures, finished, final)
-    release = publish_judged(cfg.output, figures, run_id=run_id, name=cfg.name, files=files)
+    try:
+        release = publish_judged(cfg.output, figures, run_id=run_id, name=cfg.name, files=files)
+    except CheckFailed:  # rejected, which is a release too
+        stages.forget()
+        raise
+    stages.forget()
     return Outcome(release, figures.model_dump(mode="json"), published_now=True, is_latest=is_latest(release))
 
 

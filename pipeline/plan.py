@@ -6,15 +6,15 @@ import shutil
 from dataclasses import dataclass
 
 from pipeline import base_model
-from pipeline.artifacts import Checkpoint, Corpus, TokenDataset
+from pipeline.artifacts import Corpus, TokenDataset
 from pipeline.base_model import obtain
 from pipeline.budget import roles_of
-from pipeline.config import JobConfig
 from pipeline.device import Device, Precision, choose_precision
 from pipeline.fetch import content_hash, fetch, resolve
 from pipeline.finetune import optimizer_steps
 from pipeline.forecast import Forecast, forecasts_of
 from pipeline.preflight import check_files, check_shape, preflight
+from pipeline.room import disk_needed
 from pipeline.settings import Resolved
 from pipeline.stage import Stages
 from pipeline.tokens import tokenize
@@ -49,6 +49,8 @@ def plan(resolved: Resolved) -> Plan:
     )
     check_files(forecasts, cfg)
     tokens = stages.run(tokenize, corpus, base, cfg.tokens)
+    sizes = {kind: max(forecast.size_bytes, cfg.quantize.max_bytes) for kind, forecast in forecasts.items()}
+    sizes["F16"] = forecasts["F16"].size_bytes
     return Plan(
         corpus,
         tokens,
@@ -62,16 +64,6 @@ def plan(resolved: Resolved) -> Plan:
             for kind in cfg.quantize.types
             if cfg.quantize.max_bytes and roles_of(forecasts[kind])
         },
-        disk_bytes=disk_needed(base, forecasts, cfg),
+        disk_bytes=sum(disk_needed(base, cfg, sizes).values()),
         free_bytes=shutil.disk_usage(cfg.work_dir).free,
     )
-
-
-def disk_needed(base: Checkpoint, files: dict[str, Forecast], cfg: JobConfig) -> int:
-    """Bytes: the base, tuned, pruned, recovered and extended model, saved epochs, the F16 GGUF, and every other both
-    quantized and finished."""
-    checkpoint = sum(path.stat().st_size for path in base.files())
-    checkpoints = 4 + bool(cfg.export.context)
-    saved_epochs = 2 if cfg.train.select_best or cfg.train.early_stopping else 0
-    sizes = (max(files[kind].size_bytes, cfg.quantize.max_bytes) for kind in cfg.quantize.types)
-    return (checkpoints + saved_epochs) * checkpoint + files["F16"].size_bytes + 2 * sum(sizes)

@@ -10,9 +10,10 @@ from transformers import PreTrainedModel
 
 from pipeline.artifacts import Calibration, Checkpoint, Facts
 from pipeline.calibrate import load_calibration
+from pipeline.checkpoints import Checkpoints
 from pipeline.config import RecoverConfig
 from pipeline.device import arithmetic_of
-from pipeline.distill import Recipe, distill, grouped_by_rank
+from pipeline.distill import Group, Recipe, distill
 from pipeline.errors import CheckFailed
 from pipeline.loading import load_fp32
 from pipeline.matrices import block_matrices, ids_of_embeddings, weight_of
@@ -29,6 +30,7 @@ def recover(
     device: str,
     seed: int,
     out: Path,
+    checkpoints: Checkpoints | None = None,
 ) -> Checkpoint:
     """`pruned` trained to predict what `tuned` predicts on the calibration text; written to `out`.
 
@@ -49,7 +51,7 @@ def recover(
             seed,
             cfg.features,
         )
-        facts = recover_model(student, load_fp32(tuned, device), train, validation, recipe)
+        facts = recover_model(student, load_fp32(tuned, device), train, validation, recipe, checkpoints)
         require_zeros(before, zero_counts(student))
         log.info(
             "recover: validation KL %.4f to %.4f nats a token", facts["validation_kl_before"], facts["validation_kl"]
@@ -67,6 +69,7 @@ def recover_model(
     train: Sequence[Sequence[int]],
     validation: Sequence[Sequence[int]],
     recipe: Recipe,
+    checkpoints: Checkpoints | None = None,
 ) -> Facts:
     """Trains `student` in place with the mask of its zeros fixed."""
     masked = [(weight, weight != 0) for weight in map(weight_of, block_matrices(student).values())]
@@ -77,7 +80,15 @@ def recover_model(
             weight.mul_(kept)
 
     return distill(
-        student, teacher, train, validation, grouped_by_rank(learning), recipe, what="recover", after_step=keep_zeros
+        student,
+        teacher,
+        train,
+        validation,
+        [Group(learning)],
+        recipe,
+        what="recover",
+        after_step=keep_zeros,
+        checkpoints=checkpoints,
     )
 
 

@@ -1,8 +1,12 @@
-"""The Hugging Face Trainer with what it lacks here: a held-out loss over tokens, and no going on after a NaN."""
+"""The Hugging Face Trainer with what it lacks here: a held-out loss over tokens, no going on after a NaN, and
+checkpoints that a kill cannot tear, from which training ends in the same weights as if it had not been killed."""
 
 from __future__ import annotations
 
+import json
+import logging
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +22,21 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.integrations import TensorBoardCallback
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import EvalLoopOutput
 
 from pipeline import progress
+from pipeline.checkpoints import Checkpoints, step_of
 from pipeline.collate import IGNORED
 from pipeline.errors import CheckFailed
 
+log = logging.getLogger(__name__)
+
+# In a checkpoint. Each has its place: PEFT takes a folder of weights inside the Trainer's own for another adapter.
+STATE = "trainer"
+BEST = "best"
+CURVE = "curve.json"  # loss that has not been logged yet
 OVERFLOWS_IN_A_ROW = 20  # fp16 finds its loss scale by overflowing a few times; its factor of 2**16 halves each time
 
 
@@ -40,7 +53,64 @@ def callbacks(early_stopping: int, fp16: bool, tensorboard: Path) -> list[Traine
 
 
 class QuoteTrainer(Trainer):  # type: ignore[misc]
-    """The Trainer, with a held-out loss over tokens."""
+    """The Trainer, with a held-out loss over tokens and with `checkpoints`."""
+
+    def __init__(self, *args: Any, checkpoints: Checkpoints | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.checkpoints = checkpoints
+        self.checkpoint_wanted = False
+        self.resumed = 0  # step of the checkpoint that training went on from
+        self.tokens_before = 0
+        if checkpoints:
+            self.add_callback(Keeper(self, checkpoints))
+
+    def train_on(self) -> None:
+        """`train()`, from the newest whole checkpoint if there is one."""
+        found = self.checkpoints.newest() if self.checkpoints else None
+        if found is None:
+            self.train()
+            return
+        self.resumed = step_of(found)
+        log.info("finetune: goes on from its checkpoint at step %d", self.resumed)
+        self.train(resume_from_checkpoint=str(found / STATE))
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """The library's hook for both: the best weights so far, which it keeps itself, and our checkpoints."""
+        if self.state.best_global_step == self.state.global_step:
+            super()._save_checkpoint(model, trial)
+        if self.checkpoints and self.checkpoint_wanted and not self.control.should_training_stop:
+            self.checkpoints.save(self.state.global_step, self.write_checkpoint)
+            self.checkpoint_wanted = False
+
+    def write_checkpoint(self, folder: Path) -> None:
+        """What `train(resume_from_checkpoint=…)` reads, the best weights so far, and where the loss curve is."""
+        state = folder / STATE
+        self.save_model(str(state), _internal_call=True)
+        (state / TRAINING_ARGS_NAME).unlink()  # a pickle that is never read
+        self._save_optimizer_and_scheduler(str(state))
+        self._save_scaler(str(state))
+        self._save_rng_state(str(state))
+        self.store_flos()
+        stateful = [c for c in (*self.callback_handler.callbacks, self.control) if isinstance(c, ExportableState)]
+        self.state.stateful_callbacks = {type(callback).__name__: callback.state() for callback in stateful}
+        self.state.save_to_json(str(state / TRAINER_STATE_NAME))
+        curve = {"loss": self._tr_loss.item(), "step": self._globalstep_last_logged}
+        (folder / CURVE).write_text(json.dumps(curve))
+        if self.state.best_model_checkpoint:
+            (folder / BEST).mkdir()
+            for path in Path(self.state.best_model_checkpoint).glob("*.safetensors*"):
+                shutil.copyfile(path, folder / BEST / path.name)
+
+    def read_checkpoint(self, folder: Path) -> None:
+        """What `train` does not restore by itself; to be called when it has begun."""
+        curve = json.loads((folder / CURVE).read_text())
+        self._tr_loss += curve["loss"]
+        self._globalstep_last_logged = curve["step"]
+        self.tokens_before = self.state.num_input_tokens_seen
+        if (folder / BEST).is_dir():
+            best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+            shutil.copytree(folder / BEST, best)
+            self.state.best_model_checkpoint = str(best)
 
     def evaluation_loop(
         self, dataloader: Any, description: str, *_: Any, metric_key_prefix: str = "eval", **__: Any
@@ -87,6 +157,31 @@ class StopAtNonFinite(TrainerCallback):  # type: ignore[misc]
                 )
             if name == "grad_norm":
                 self.overflows = 0
+
+
+class Keeper(TrainerCallback):  # type: ignore[misc]
+    """Has a checkpoint written when one is due."""
+
+    def __init__(self, trainer: QuoteTrainer, checkpoints: Checkpoints) -> None:
+        self.trainer, self.checkpoints = trainer, checkpoints
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        if self.trainer.resumed:
+            self.trainer.read_checkpoint(self.checkpoints.at(self.trainer.resumed))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.global_step == state.max_steps:
+            return  # the result follows at once
+        if self.checkpoints.due(state.global_step):
+            self.trainer.checkpoint_wanted = True
+        # At the end of an epoch the hold-out is still to be scored. A checkpoint from before that would go on with the
+        # next epoch, and neither the curve nor the choice of the best epoch would know of this one.
+        if self.trainer.checkpoint_wanted and not float(state.epoch).is_integer():
+            control.should_save = True
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.trainer.checkpoint_wanted:
+            control.should_save = True
 
 
 class Bar(ProgressCallback):  # type: ignore[misc]

@@ -1,5 +1,4 @@
 import copy
-import math
 from dataclasses import replace
 
 import pytest
@@ -7,7 +6,9 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from pipeline import distill as module
-from pipeline.distill import Best, Group, Recipe, distill, divergence, endless, rate_at, validate
+from pipeline.checkpoints import Checkpoints
+from pipeline.config import ResumeConfig
+from pipeline.distill import Group, Recipe, distill, divergence, endless, rate_at, validate
 from pipeline.errors import CheckFailed
 
 RECIPE = Recipe(steps=12, batch_tokens=24, learning_rate=5e-3, patience=9, precision="fp32", seed=1)
@@ -214,13 +215,52 @@ def test_batches_hold_every_text_once_a_round_in_an_order_of_their_own():
     assert all(len(batch) * max(map(len, batch)) <= 24 for batch in first)
 
 
-def test_of_losses_that_are_not_numbers_none_is_the_best():
-    parameter = torch.nn.Parameter(torch.zeros(1))
-    best = Best([parameter], 5.0)
-    parameter.data.fill_(1)
-    assert best.take(math.nan) == 1
-    best.restore()
-    assert parameter.item() == 0 and best.loss == 5
+class Died(BaseException):
+    pass
+
+
+def die_after(step, patch):
+    """Right after a step's loss is known, before anything is kept of it."""
+
+    def dies(loss, what, at, recipe):
+        if at == step:
+            raise Died
+
+    patch.setattr(module, "require_finite", dies)
+
+
+def kept(folder, steps=1):
+    return Checkpoints(folder, ResumeConfig(steps=steps, minutes=0))
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+@pytest.mark.parametrize("patience", [1, 9])
+def test_a_run_that_died_after_any_step_ends_in_the_same_bits(steps, patience, tmp_path):
+    teacher = gpt2()
+    recipe = replace(RECIPE, patience=patience, features=0.5, learning_rate=2e-2)
+
+    def trained(checkpoints=None):
+        student = damaged(teacher)
+        weight = student.transformer.h[0].mlp.c_fc.weight
+        groups = [Group(list(student.transformer.h.parameters())), Group([student.transformer.ln_f.weight], 10)]
+        given = {"what": "test", "after_step": lambda: weight.data[:, 0].zero_(), "checkpoints": checkpoints}
+        return distill(student, teacher, TRAIN, VALIDATION, groups, recipe, **given), student.state_dict()
+
+    facts, weights = trained()
+    assert (facts["steps"] < 12) == (patience == 1) and facts["resumed"] == 0
+    for died in range(1, facts["steps"] + 1):
+        with pytest.MonkeyPatch.context() as patch:
+            die_after(died, patch)
+            with pytest.raises(Died):
+                trained(kept(tmp_path / str(died), steps))
+        again, same = trained(kept(tmp_path / str(died), steps))
+        assert again["resumed"] == (died - 1) // steps * steps
+        assert all(torch.equal(weights[name], same[name]) for name in weights), died
+        assert [point["seconds"] for point in again["curve"]] == sorted(point["seconds"] for point in again["curve"])
+        for found in (facts, again):
+            found["comparable"] = [(point["step"], point["validation_kl"]) for point in found["curve"]]
+        timed = ("curve", "resumed")
+        assert {k: v for k, v in facts.items() if k not in timed} == {k: v for k, v in again.items() if k not in timed}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible")

@@ -1,5 +1,8 @@
 import json
 import math
+import signal
+import subprocess
+import sys
 
 import pyarrow as pa
 import pytest
@@ -9,11 +12,15 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from pipeline import finetune as module
 from pipeline.artifacts import Checkpoint, TokenDataset
+from pipeline.checkpoints import Checkpoints
 from pipeline.collate import collate
-from pipeline.config import TrainConfig
+from pipeline.config import ResumeConfig, TrainConfig
 from pipeline.errors import CheckFailed, ConfigError
 from pipeline.finetune import finetune
+from pipeline.mirror import Mirror
 from pipeline.tokens import SCHEMA
+from pipeline.trainer import QuoteTrainer
+from tests.conftest import ROOT
 
 END = 63
 QUOTES = [[END, 1, 20 + i, 2, 3, END] for i in range(12)]
@@ -56,9 +63,9 @@ def tokens(tmp_path):
     return dataset(tmp_path / "tokens")
 
 
-def tune(base, tokens, folder, seed=1, **settings):
-    folder.mkdir()
-    return finetune(base, tokens, TrainConfig(**settings), device="cpu", seed=seed, out=folder)
+def tune(base, tokens, folder, seed=1, checkpoints=None, **settings):
+    folder.mkdir(exist_ok=True)
+    return finetune(base, tokens, TrainConfig(**settings), device="cpu", seed=seed, out=folder, checkpoints=checkpoints)
 
 
 def load(checkpoint):
@@ -219,3 +226,160 @@ def test_gradient_checkpointing_changes_the_memory_not_the_result(method, base, 
     saving = load(tune(base, tokens, tmp_path / "saving", gradient_checkpointing=True, **settings))
     for name, weight in plain.state_dict().items():
         assert torch.allclose(weight, saving.state_dict()[name], atol=1e-5), name
+
+
+class Died(BaseException):
+    """What no handler of the library catches."""
+
+
+def die_before(step, patch, how):
+    class Dies(QuoteTrainer):
+        def training_step(self, *arguments, **more):
+            if self.state.global_step + 1 == step:
+                how()
+            return super().training_step(*arguments, **more)
+
+    patch.setattr(module, "QuoteTrainer", Dies)
+
+
+def die():
+    raise Died
+
+
+def kept(folder, steps=1, mirror=None):
+    return Checkpoints(folder, ResumeConfig(steps=steps, minutes=0), mirror, "finetune/abc/training")
+
+
+def interrupted(base, tokens, folder, before, steps=1, mirror=None, **settings):
+    """Trained until `before` and then, in a new folder, to the end."""
+    with pytest.MonkeyPatch.context() as patch:
+        die_before(before, patch, die)
+        with pytest.raises(Died):
+            tune(base, tokens, folder, checkpoints=kept(folder / "kept", steps, mirror), **settings)
+    return tune(base, tokens, folder / "again", checkpoints=kept(folder / "kept", steps, mirror), **settings)
+
+
+SHORT = {"epochs": 3, "batch_size": 5, "accumulation": 2, "learning_rate": 1e-2}  # 2 steps an epoch, the second smaller
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_training_that_died_before_any_step_ends_in_the_same_weights_to_the_bit(method, base, tokens, tmp_path):
+    whole = tune(base, tokens, tmp_path / "whole", method=method, **SHORT)
+    assert whole.facts["resumed"] == 0 and whole.facts["steps"] == 6
+    for steps, befores in {1: range(1, 7), 4: [6], 7: [6]}.items():
+        for before in befores:
+            again = interrupted(base, tokens, tmp_path / f"{steps}-{before}", before, steps, method=method, **SHORT)
+            assert again.facts["resumed"] == (before - 1) // steps * steps
+            assert again.sha256 == whole.sha256, (steps, before)
+            for same in ("loss_history", "heldout_loss", "steps", "epochs"):
+                assert again.facts[same] == whole.facts[same], (same, steps, before)
+
+
+KILLED_TRAINING = """
+import os, signal, sys
+from pathlib import Path
+from tests.test_finetune import *
+base, tokens, out, method, before = sys.argv[1:]
+torch.set_num_threads(1)
+die_before(int(before), pytest.MonkeyPatch(), lambda: os.kill(os.getpid(), signal.SIGKILL))
+tokens = TokenDataset(Path(tokens), "", END, END)
+tune(Checkpoint.of(Path(base), {}), tokens, Path(out), checkpoints=kept(Path(out) / "kept"), method=method, **SHORT)
+"""
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_process_that_was_killed_goes_on_to_the_same_weights(method, base, tokens, tmp_path):
+    whole = tune(base, tokens, tmp_path / "whole", method=method, **SHORT)
+    out = tmp_path / "killed"
+    command = [sys.executable, "-c", KILLED_TRAINING, base.path, tokens.path, out, method, "4"]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == -signal.SIGKILL
+    assert not (out / "model").exists()
+    again = tune(base, tokens, out, checkpoints=kept(out / "kept"), method=method, **SHORT)
+    assert again.facts["resumed"] == 3 and again.sha256 == whole.sha256
+
+
+def test_a_checkpoint_holds_no_pickle_but_optimizer_and_random_states(base, tokens, tmp_path):
+    interrupted(base, tokens, tmp_path / "out", 4, method="full", **SHORT)
+    folders = list((tmp_path / "out" / "kept").iterdir())
+    assert len(folders) == 2
+    for folder in folders:
+        names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+        assert {name for name in names if not name.endswith((".json", ".safetensors"))} == {
+            *("trainer/optimizer.pt", "trainer/scheduler.pt", "trainer/rng_state.pth")
+        }
+        for name in ("optimizer.pt", "scheduler.pt"):
+            torch.load(folder / "trainer" / name, weights_only=True)
+
+
+@pytest.mark.parametrize("before", [3, 4, 5, 6])
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_the_best_epoch_survives_a_death_even_on_another_disk(before, method, base, tmp_path):
+    tokens = dataset(tmp_path / "tokens", validation=CONTRARY)
+    settings = {**SHORT, "select_best": True, "method": method}
+    whole = tune(base, tokens, tmp_path / "whole", **settings)
+    assert whole.facts["best_step"] == 2
+    mirror = Mirror(str(tmp_path / "bucket"), "run")
+    with pytest.MonkeyPatch.context() as patch:
+        die_before(before, patch, die)
+        here = kept(tmp_path / "kept", mirror=mirror)
+        with pytest.raises(Died):
+            tune(base, tokens, tmp_path / "out", checkpoints=here, **settings)
+        here.copying.join()
+    there = kept(tmp_path / "elsewhere", mirror=mirror)
+    again = tune(base, tokens, tmp_path / "new", checkpoints=there, **settings)
+    assert again.facts["resumed"] == before - 1 and again.facts["best_step"] == 2
+    assert again.sha256 == whole.sha256 and again.facts["validation_loss"] == whole.facts["validation_loss"]
+
+
+@pytest.mark.parametrize("before", [4, 5, 6])
+def test_early_stopping_goes_on_waiting_where_it_was(before, base, tmp_path):
+    tokens = dataset(tmp_path / "tokens", validation=CONTRARY)
+    settings = {**SHORT, "epochs": 9, "early_stopping": 2}
+    whole = tune(base, tokens, tmp_path / "whole", **settings)
+    assert whole.facts["steps"] == 6  # the first of three epochs was the best
+    again = interrupted(base, tokens, tmp_path / "out", before, **settings)
+    assert again.facts["resumed"] == before - 1
+    assert (again.sha256, again.facts["steps"]) == (whole.sha256, 6)
+
+
+def test_an_interruption_is_not_taken_for_early_stopping(base, tmp_path, monkeypatch):
+    class Stops(module.QuoteTrainer):
+        def training_step(self, *arguments, **more):
+            self.control.should_training_stop = True
+            return super().training_step(*arguments, **more)
+
+    monkeypatch.setattr(module, "QuoteTrainer", Stops)
+    tokens = dataset(tmp_path / "tokens", validation=CONTRARY)
+    with pytest.raises(CheckFailed, match=r"ended at step \d of 18"):
+        tune(base, tokens, tmp_path / "out", **{**SHORT, "epochs": 9, "early_stopping": 9})
+
+
+def test_a_torn_checkpoint_is_passed_over_and_the_weights_are_the_same(base, tokens, tmp_path, caplog):
+    whole = tune(base, tokens, tmp_path / "whole", **SHORT)
+    with pytest.MonkeyPatch.context() as patch:
+        die_before(6, patch, die)
+        with pytest.raises(Died):
+            tune(base, tokens, tmp_path / "out", checkpoints=kept(tmp_path / "kept"), **SHORT)
+    optimizer = tmp_path / "kept" / "step-00000005" / "trainer" / "optimizer.pt"
+    optimizer.write_bytes(optimizer.read_bytes()[:-1])
+    again = tune(base, tokens, tmp_path / "out", checkpoints=kept(tmp_path / "kept"), **SHORT)
+    assert again.facts["resumed"] == 4 and again.sha256 == whole.sha256
+    assert caplog.text.count("passed over") == 1
+
+
+def test_a_loss_that_was_not_logged_yet_is_not_lost(base, tokens, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "LOGGED_STEPS", 3)
+    whole = tune(base, tokens, tmp_path / "whole", **SHORT)
+    assert [entry["step"] for entry in whole.facts["loss_history"]] == [2, 4, 6]
+    again = interrupted(base, tokens, tmp_path / "out", 4, **SHORT)
+    assert again.facts["resumed"] == 3
+    assert again.facts["loss_history"] == whole.facts["loss_history"]
+
+
+def test_the_speed_after_going_on_counts_only_what_was_trained_since(base, tokens, tmp_path, monkeypatch):
+    counted = []
+    original = module.speed
+    monkeypatch.setattr(module, "speed", lambda history, tokens: counted.append(tokens) or original(history, tokens))
+    tune(base, tokens, tmp_path / "whole", **SHORT)
+    interrupted(base, tokens, tmp_path / "out", 3, **SHORT)
+    assert 3 * counted[1] == 2 * counted[0]  # two of three epochs

@@ -24,6 +24,7 @@ from pipeline.llama_cpp import logits
 from pipeline.matrices import block_matrices, weight_of
 from pipeline.scoring import torch_logits
 from tests.calibrated import calibration_in
+from tests.test_distill import Died, die_after, kept
 from tests.test_recover import half_zero
 
 SEQUENCES = [[50256, *range(n, n + 10), 50256] for n in range(100, 900, 80)]
@@ -248,3 +249,22 @@ def test_a_file_of_another_size_or_of_other_types_is_refused(quantized):
     ):
         with pytest.raises(CheckFailed, match=message):
             checked(before, quantized.path, {})
+
+
+@on_gpt2
+def test_of_several_files_each_goes_on_from_checkpoints_of_its_own(
+    quantized, recovered, tuned, calibration, run, tmp_path
+):
+    other = tmp_path / "other-Q2_K.gguf"
+    shutil.copyfile(quantized.path, other)
+    files = GgufSet((quantized, described(other)))
+    whole = run(quantized)
+    given = {"device": "cpu", "seed": 1, "out": tmp_path / "died", "checkpoints": kept(tmp_path / "kept")}
+    given["out"].mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        die_after(3, patch)
+        with pytest.raises(Died):
+            finish(files, recovered, tuned, calibration, CFG, **given)
+    again = finish(files, recovered, tuned, calibration, CFG, **given).files
+    assert [file.facts["finish"]["resumed"] for file in again] == [2, 0]
+    assert {file.sha256 for file in again} == {whole.sha256}

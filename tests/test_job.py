@@ -116,7 +116,28 @@ def test_a_second_run_skips_what_is_done(done, toy_gpt2, tmp_path):
     assert (tmp_path / "out" / "gpt2-ye-trump-Q8_0.gguf").exists()
     published = {path.name for path in (tmp_path / "out" / "safetensors").iterdir()}
     assert {"model.safetensors", "config.json", "tokenizer.json"} <= published
-    assert "DONE.json" not in published
+    assert "COMMIT.json" not in published
+
+
+def test_a_start_on_an_empty_disk_goes_on_where_the_last_machine_stopped(done, toy_gpt2, tmp_path, monkeypatch):
+    bucket, work = done
+    more = {"output": str(tmp_path / "out"), "resume.upload": "always"}
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(job, "publish_judged", killed)
+        job.run(toy_job(toy_gpt2, bucket, work, **more))
+    store = open_store(str(tmp_path / "out"))
+    assert {name.split("/")[2] for name, _ in store.list("")} == {"checkpoints"}
+
+    outcome = job.run(toy_job(toy_gpt2, bucket, tmp_path / "empty", **more))
+    again = {stage["name"] for stage in outcome.metrics["stages"] if not stage["skipped"]}
+    assert again == {"fetch", "obtain", "tokenize", "export"}
+    assert outcome.release.result_digest == publish.find_release(f"{bucket}/out", outcome.release.run_id).result_digest
+    assert not [name for name, _ in store.list("") if "checkpoints" in name]
+    assert publish.verify(str(tmp_path / "out"))
 
 
 @pytest.mark.slow

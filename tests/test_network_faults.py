@@ -13,9 +13,11 @@ from typing import NamedTuple
 import pytest
 
 from pipeline import retrying
-from pipeline.config import DataConfig
+from pipeline.checkpoints import Checkpoints
+from pipeline.config import DataConfig, ResumeConfig
 from pipeline.errors import ServiceUnavailable, TransferError
 from pipeline.fetch import fetch, resolve
+from pipeline.mirror import Mirror
 from pipeline.publish import find_release, publish, verify
 from pipeline.storage import Store, open_store
 from tests.fault_proxy import Fault, FaultProxy, before
@@ -214,3 +216,24 @@ def test_a_release_through_a_network_that_keeps_failing_is_whole_or_absent(
     monkeypatch.setattr(retrying, "BUDGET_SECONDS", BUDGET_SECONDS)
     publish(output, run_id="run1", name="voice", files=files)
     assert len(verify(output)) == 2
+
+
+@pytest.mark.parametrize("kind", ["cut", "reset", "black hole", "drip"])
+def test_a_checkpoint_through_a_network_that_keeps_failing_is_whole_or_absent_and_training_goes_on(
+    network: Network, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retrying, "BUDGET_SECONDS", SHORT_SECONDS)
+    checkpoints = kept(tmp_path / "disk", network)
+    for step in range(1, 4):
+        network.proxy.fault = Fault(kind, "up", after=50_000 * step, times=2 + step)
+        checkpoints.save(step, lambda folder: written(folder, CONTENT[:300_000]).rename(folder / "optimizer.pt"))
+        assert checkpoints.copying
+        checkpoints.copying.join()
+        network.proxy.fault = None
+        found = kept(tmp_path / f"pod {step}", network).newest()
+        assert found is None or (found / "optimizer.pt").read_bytes() == CONTENT[:300_000]
+    assert [path.name for path in sorted((tmp_path / "disk").iterdir())] == ["step-00000002", "step-00000003"]
+
+
+def kept(folder: Path, network: Network) -> Checkpoints:
+    return Checkpoints(folder, ResumeConfig(steps=1), Mirror(network.near.uri, "run1"), "finetune/abc/training")

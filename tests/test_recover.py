@@ -10,7 +10,7 @@ from pipeline.errors import CheckFailed
 from pipeline.matrices import block_matrices, weight_of
 from pipeline.recover import recover, require_zeros, zero_counts
 from tests.calibrated import calibration_in
-from tests.test_distill import TEXTS, gpt2, llama
+from tests.test_distill import TEXTS, Died, die_after, gpt2, kept, llama
 
 CFG = RecoverConfig(steps=8, batch_tokens=32, learning_rate=1e-3, patience=9)
 
@@ -126,3 +126,16 @@ def test_zeros_are_counted_in_the_block_matrices_alone():
     assert sum(zero_counts(model).values()) == 0
     half_zero(model)
     assert sum(zero_counts(model).values()) == sum(weight_of(m).numel() for m in block_matrices(model).values()) // 2
+
+
+def test_a_recovery_that_died_ends_in_the_same_weights(models, calibration, tmp_path):
+    tuned, pruned = models
+    whole = run(models, calibration, tmp_path)
+    given = {"device": "cpu", "seed": 1, "out": tmp_path / "died", "checkpoints": kept(tmp_path / "kept")}
+    given["out"].mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        die_after(5, patch)
+        with pytest.raises(Died):
+            recover(pruned, tuned, calibration, CFG, **given)
+    again = recover(pruned, tuned, calibration, CFG, **given)
+    assert again.facts["resumed"] == 4 and again.sha256 == whole.sha256

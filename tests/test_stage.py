@@ -1,3 +1,4 @@
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -5,7 +6,10 @@ import pytest
 
 from pipeline import stage
 from pipeline.artifacts import Checkpoint, sha256_of
-from pipeline.config import SparsityConfig
+from pipeline.checkpoints import Checkpoints, step_of
+from pipeline.config import ResumeConfig, SparsityConfig
+from pipeline.errors import ServiceUnavailable
+from pipeline.sealed import MARKER
 from pipeline.stage import Stages
 
 ran = []
@@ -52,7 +56,7 @@ def test_a_stage_runs_again_when_what_decides_it_changes(given, tmp_path, change
 @pytest.mark.parametrize("damage", ["no marker", "torn marker", "changed file", "missing file"])
 def test_a_torn_stage_is_never_trusted(given, tmp_path, damage):
     out = Stages(tmp_path).run(copy, *given, seed=1).path
-    marker = out / stage.MARKER
+    marker = out / MARKER
     if damage == "no marker":
         marker.unlink()
     if damage == "torn marker":
@@ -88,4 +92,145 @@ def test_a_stage_that_fails_leaves_no_marker(given, tmp_path):
 
     with pytest.raises(OSError):
         Stages(tmp_path).run(breaks, given[0])
-    assert not list(tmp_path.rglob(stage.MARKER))
+    assert not list(tmp_path.rglob(MARKER))
+
+
+@pytest.fixture
+def bucket(tmp_path):
+    return str(tmp_path / "bucket")
+
+
+def finetune(checkpoint: Checkpoint, cfg: SparsityConfig, *, seed: int, out: Path) -> Checkpoint:
+    """A stage that is worth a copy."""
+    ran.append(seed)
+    (out / "model").mkdir()
+    (out / "model" / "model.safetensors").write_bytes(b"weights")
+    return Checkpoint(out / "model", sha256_of(out / "model" / "model.safetensors"), {"seed": seed})
+
+
+def on_a_machine(work, bucket, stage=finetune, run_id="run", **resume):
+    stages = Stages(work, ResumeConfig(**{"upload": "always", **resume}))
+    stages.belong_to(bucket, run_id)
+    return stages, lambda *given: stages.run(stage, *given, seed=1)
+
+
+def test_a_start_on_an_empty_disk_takes_a_finished_stage_from_the_output(given, tmp_path, bucket):
+    _, run = on_a_machine(tmp_path / "a", bucket)
+    first = run(*given)
+    stages, run = on_a_machine(tmp_path / "b", bucket)
+    taken = run(*given)
+    assert ran == [1] and stages.records[0].skipped and taken.sha256 == first.sha256 and taken.facts == first.facts
+    assert taken.path.is_relative_to(tmp_path / "b") and (taken.path / "model.safetensors").read_bytes() == b"weights"
+    stages, run = on_a_machine(tmp_path / "b", str(tmp_path / "empty"))
+    assert run(*given) == taken and ran == [1]
+
+
+@pytest.mark.parametrize("damage", ["altered", "no marker", "path outside", "another make"])
+def test_a_copy_that_is_not_whole_is_done_again(given, tmp_path, bucket, damage):
+    _, run = on_a_machine(tmp_path / "a", bucket)
+    run(*given)
+    (marker,) = (tmp_path / "bucket").rglob(MARKER)
+    if damage == "altered":
+        (object_,) = (tmp_path / "bucket").rglob("sha256/*")
+        object_.write_bytes(b"Weights")
+    if damage == "no marker":
+        marker.unlink()
+    if damage == "path outside":
+        marker.write_text(marker.read_text().replace('"path":"model"', '"path":"/etc"'))
+    if damage == "another make":
+        marker.write_text(marker.read_text().replace('"seconds"', '"minutes"'))
+    _, run = on_a_machine(tmp_path / "b", bucket)
+    assert run(*given).path.is_relative_to(tmp_path / "b") and ran == [1, 1]
+
+
+def test_what_is_done_but_has_no_copy_is_copied_by_the_next_start(given, tmp_path, bucket):
+    Stages(tmp_path / "a").run(finetune, *given, seed=1)
+    _, run = on_a_machine(tmp_path / "a", bucket)
+    run(*given)
+    assert ran == [1] and list((tmp_path / "bucket").rglob(MARKER))
+
+
+def test_an_output_that_fails_after_the_work_does_not_undo_it(given, tmp_path, bucket, caplog, monkeypatch):
+    def gone(*_):
+        raise ServiceUnavailable("it does not answer")
+
+    stages, run = on_a_machine(tmp_path / "a", bucket)
+    monkeypatch.setattr(stages.mirror, "save", gone)
+    assert run(*given).facts == {"seed": 1}
+    assert "will do it again: it does not answer" in caplog.text
+
+
+def test_a_stage_that_is_quickly_done_again_is_not_copied(given, tmp_path, bucket):
+    _, run = on_a_machine(tmp_path / "a", bucket, stage=copy)
+    run(*given)
+    assert not (tmp_path / "bucket").exists()
+
+
+@pytest.mark.parametrize(
+    ("output", "upload", "copied"),
+    [
+        ("folder", "auto", False),
+        ("file:///folder", "auto", False),
+        ("gs://bucket/x", "auto", True),
+        ("gs://bucket/x", "never", False),
+        ("folder", "always", True),
+    ],
+)
+def test_copies_are_made_where_the_output_is_a_bucket_or_when_asked_for(output, upload, copied, tmp_path):
+    stages = Stages(tmp_path, ResumeConfig(upload=upload))
+    stages.belong_to(output, "run")
+    assert (stages.mirror is not None) == copied
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_the_copies_go_when_the_run_is_released_unless_they_are_to_stay(given, tmp_path, bucket, keep):
+    stages, run = on_a_machine(tmp_path / "a", bucket, keep=keep)
+    run(*given)
+    stages.forget()
+    assert bool([path for path in (tmp_path / "bucket").rglob("*") if path.is_file()]) == keep
+
+
+def recover(checkpoint: Checkpoint, *, checkpoints: Checkpoints, out: Path) -> Checkpoint:
+    """A stage that is killed at its second step when it starts from nothing."""
+    found = checkpoints.newest()
+    for step in range(step_of(found) + 1 if found else 1, 4):
+        ran.append(step)
+        checkpoints.save(step, lambda folder: (folder / "state.json").write_text("{}"))
+        if step == 2 and not found:
+            raise KeyboardInterrupt
+    (out / "model.safetensors").write_bytes(b"weights")
+    return Checkpoint(out, "abc")
+
+
+@pytest.mark.parametrize("same_disk", [True, False])
+def test_a_stage_that_was_killed_goes_on_from_its_checkpoint_and_leaves_none(given, tmp_path, bucket, same_disk):
+    def start(work):
+        stages = Stages(tmp_path / work, ResumeConfig(upload="always", steps=1))
+        stages.belong_to(bucket, "run")
+        stages.run(recover, given[0])
+
+    with pytest.raises(KeyboardInterrupt):
+        start("a")
+    for thread in threading.enumerate():
+        if "_copy" in thread.name:
+            thread.join()
+    last = "a" if same_disk else "b"
+    start(last)
+    assert ran == [1, 2, 3]
+    assert [path.name for path in (tmp_path / last / "recover").iterdir()] == [
+        path.parent.parent.name for path in (tmp_path / "bucket").rglob(MARKER)
+    ]
+    assert [path.parent.name for path in (tmp_path / "bucket").rglob(MARKER)] == ["result"]
+
+
+def test_older_folders_make_room_for_a_stage_that_needs_it_but_not_those_of_this_job(given, tmp_path):
+    for seed in (1, 2):
+        Stages(tmp_path).run(copy, given[0], given[1], seed=seed)
+    stages = Stages(tmp_path)
+    stages.needs = {"copy": 10**18}
+    stages.run(copy, *given, seed=2)
+    assert len(list((tmp_path / "copy").iterdir())) == 2  # it was done: nothing was needed
+    stages.run(copy, *given, seed=3)
+    assert {path.name for path in (tmp_path / "copy").iterdir()} == {
+        record.fingerprint[:16] for record in stages.records
+    }

@@ -101,6 +101,18 @@ def test_list_gives_names_by_prefix_in_order(store: Store) -> None:
     assert list(store.list("absent/")) == []
 
 
+def test_a_removed_object_is_gone_and_what_is_not_there_can_be_removed(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"other")
+    store.put_if_absent("a/x", b"x")
+    store.put_if_absent("a/xy", b"xy")
+    store.put("a/x", tmp_path / "file")
+    for _ in range(2):
+        store.remove("a/x")
+        assert store.stat("a/x") is None and list(store.list("")) == [("a/xy", 2)]
+    store.remove("absent/deep")
+    assert store.put_if_absent("a/x", b"again") and store.read("a/x") == b"again"
+
+
 def test_probe_leaves_nothing_behind(store: Store) -> None:
     store.probe()
     assert list(store.list("")) == []
@@ -141,6 +153,7 @@ def test_names_that_could_leave_the_root_are_refused(store: Store, name: str, tm
         lambda: store.put(name, tmp_path / "file"),
         lambda: store.put_if_absent(name, b"x"),
         lambda: store.compare_and_swap(name, b"x", None),
+        lambda: store.remove(name),
     ):
         with pytest.raises(errors.ConfigError, match="cannot be an object's name"):
             act()

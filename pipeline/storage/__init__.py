@@ -62,6 +62,9 @@ class Store(Protocol):
     def list(self, prefix: str) -> Iterator[tuple[str, int]]:
         """(name, bytes) of every object whose name begins so, at any depth, sorted by name."""
 
+    def remove(self, name: str) -> None:
+        """Delete the object; nothing happens if there is none."""
+
     def probe(self) -> None:
         """Create, read and delete a small object, so that a job without the right fails before it works."""
 

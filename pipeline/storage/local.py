@@ -108,6 +108,12 @@ class LocalStore:
                 if name.startswith(prefix) and not names[name].name.startswith(TEMPORARY):
                     yield check_listed(name, self.uri), names[name].stat().st_size
 
+    def remove(self, name: str) -> None:
+        """Its folder stays, even empty: another writer may just have made it for a file of its own."""
+        path = self._path(name)
+        with translated(path):
+            path.unlink(missing_ok=True)
+
     def probe(self) -> None:
         name = f".probe-{uuid.uuid4().hex}"
         self.put_if_absent(name, b"probe")
