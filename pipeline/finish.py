@@ -40,8 +40,8 @@ from pipeline.matrices import block_matrices, ids_of_embeddings, weight_of
 
 log = logging.getLogger(__name__)
 
-# Times the learning rate. Every token moves a norm or a bias, so they bear larger steps than matrices do; a place lies in
-# a cell one wide, where a weight is about a tenth of that; a gain is relative to its scale.
+# Times the learning rate. Every token moves a norm or a bias, so they bear larger steps than matrices do; a place lies
+# in a cell one wide, where a weight is about a tenth of that; a gain is relative to its scale.
 VECTOR_RATE = 10.0
 PLACE_RATE = 100.0
 GAIN_RATE = 10.0
