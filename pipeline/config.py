@@ -291,6 +291,17 @@ class PublishConfig(Section):
     safetensors: bool = Field(False, description="Publish the final model as safetensors too.")
 
 
+class LeaseConfig(Section):
+    """Two starts of the same run: one works. None of it changes the result."""
+
+    seconds: float = Field(
+        60, ge=2, le=3600, description="A start that has died is followed by another after this time at the latest."
+    )
+    wait_seconds: float = Field(
+        0, ge=0, description="How long to wait for another start of the same run before ending with code 75."
+    )
+
+
 class JobConfig(Section):
     """A whole job."""
 
@@ -321,6 +332,7 @@ class JobConfig(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     gate: GateConfig = GateConfig()
     publish: PublishConfig = PublishConfig()
+    lease: LeaseConfig = LeaseConfig()
 
     @field_validator("work_dir")
     @classmethod

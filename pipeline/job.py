@@ -16,6 +16,7 @@ from pipeline import __version__, base_model, gates, metrics, settings
 from pipeline.artifacts import Checkpoint, Corpus, Evaluation, GgufFile, GgufSet, Release, TokenDataset
 from pipeline.base_model import obtain
 from pipeline.calibrate import calibrate
+from pipeline.claim import Claim
 from pipeline.config import JobConfig
 from pipeline.evaluate import evaluate
 from pipeline.export import export
@@ -40,6 +41,7 @@ log = logging.getLogger(__name__)
 # but a release is written once and its metrics hold the judgement: with other gates the same files are another release.
 NOT_IN_RUN_ID: dict[str, Any] = {
     **dict.fromkeys(("input", "output", "work_dir", "llama_cpp", "log_format"), True),
+    "lease": True,
     "calibration": {"text"},
     "model": {"base", "revision"},  # a path or an id; what it holds is identified by its hash or commit
 }
@@ -54,11 +56,17 @@ class Outcome:
 
 
 def run(resolved: Resolved) -> Outcome:
+    with Claim(resolved.config) as claim:
+        return walk(resolved, claim)
+
+
+def walk(resolved: Resolved, claim: Claim) -> Outcome:
     cfg = resolved.config
     disable_progress_bar()  # one for every model that is loaded; the long steps have bars of their own
     set_verbosity_error()
     tools, device = preflight(cfg)
     log.info("job: device %s (%s), llama.cpp %s, work_dir %s", *device, tools.version, cfg.work_dir)
+    claim.work_folder()
     stages = Stages(cfg.work_dir)
 
     refuse_foreign_files(cfg.output, plain_names(cfg))
@@ -67,7 +75,7 @@ def run(resolved: Resolved) -> Outcome:
     source = base_model.resolve(cfg.model)
     text = calibration_text(stages, cfg)
     run_id = run_id_of(cfg, corpus, text, source, tools.version)
-    if release := find_release(cfg.output, run_id):
+    if release := find_release(cfg.output, run_id) or claim.run(run_id):
         return already_there(release, cfg)
     refuse_rejected(cfg.output, cfg.gate, run_id, plain_names(cfg))
 
@@ -99,7 +107,7 @@ def run(resolved: Resolved) -> Outcome:
 
     figures = gather(resolved, run_id, stages, corpus, tokens, finished, evaluation, tools.version)
     files = lay_out(cfg, run_id, figures, finished, final)
-    release = publish_judged(cfg.output, figures, run_id=run_id, name=cfg.name, files=files)
+    release = publish_judged(cfg.output, figures, run_id=run_id, name=cfg.name, files=files, confirm=claim.confirm)
     return Outcome(release, figures.model_dump(mode="json"), published_now=True, is_latest=is_latest(release))
 
 

@@ -1,0 +1,69 @@
+"""A work folder serves one job at a time: another would empty the folder of the stage that both are in."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from pipeline import process
+from pipeline.errors import TryLater
+from pipeline.storage.local import translated
+
+LOCK = "IN_USE"
+POLL_SECONDS = 0.5
+
+
+@contextmanager
+def alone_in(folder: Path, wait_seconds: float) -> Iterator[None]:
+    """Raises `TryLater` if another job is still in `folder` after `wait_seconds`.
+
+    The lock is the system's and ends with its process, however that ends; the file only carries it. On file systems
+    that cannot lock (some network drives) nobody is kept out.
+    """
+    path, end = folder / LOCK, time.monotonic() + wait_seconds
+    with translated(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = locked(path)
+        while descriptor is None:
+            if time.monotonic() >= end:
+                raise TryLater(
+                    f"work_dir {folder} is in use by {owner(path)}; wait for it, set lease.wait_seconds, or choose "
+                    "another work_dir"
+                )
+            time.sleep(POLL_SECONDS)
+            descriptor = locked(path)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            path.unlink()  # before the lock is given up: after that it can be somebody else's
+        os.close(descriptor)
+
+
+def locked(path: Path) -> int | None:
+    """The open, locked file of that name; None while another process has it."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        except OSError:
+            return descriptor
+        if path.exists() and os.fstat(descriptor).st_ino == path.stat().st_ino:
+            os.truncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} on {process.identity()['host']}".encode())
+            return descriptor
+        os.close(descriptor)  # its last owner removed it between the two calls
+
+
+def owner(path: Path) -> str:
+    try:
+        return path.read_text() or "another process"
+    except OSError:
+        return "another process"
