@@ -46,13 +46,14 @@ def settled(context: click.Context, config_file: str | None) -> Resolved:
 
 @cli.command()
 @job_options
+@click.option("--retry-failed", is_flag=True, help="Try a run again that failed for good (its FAILURE.json goes).")
 @click.pass_context
-def run(context: click.Context, config_file: str | None) -> None:
+def run(context: click.Context, config_file: str | None, retry_failed: bool) -> None:
     """Run the whole job and publish the release."""
     resolved = settled(context, config_file)
     from pipeline import job, report
 
-    click.echo(report.of_run(job.run(resolved)))
+    click.echo(report.of_run(job.run(resolved, retry_failed=retry_failed)))
 
 
 @cli.command()

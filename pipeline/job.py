@@ -55,8 +55,8 @@ class Outcome:
     is_latest: bool  # False: the plainly named files there are a newer release's
 
 
-def run(resolved: Resolved) -> Outcome:
-    with Claim(resolved.config) as claim:
+def run(resolved: Resolved, *, retry_failed: bool = False) -> Outcome:
+    with Claim(resolved.config, retry_failed=retry_failed) as claim:
         return walk(resolved, claim)
 
 
@@ -75,7 +75,7 @@ def walk(resolved: Resolved, claim: Claim) -> Outcome:
     source = base_model.resolve(cfg.model)
     text = calibration_text(stages, cfg)
     run_id = run_id_of(cfg, corpus, text, source, tools.version)
-    if release := find_release(cfg.output, run_id) or claim.run(run_id):
+    if release := find_release(cfg.output, run_id) or claim.run(run_id, tools.version):
         return already_there(release, cfg)
     refuse_rejected(cfg.output, cfg.gate, run_id, plain_names(cfg))
 

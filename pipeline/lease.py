@@ -18,6 +18,7 @@ from typing import Any
 
 from pipeline import process
 from pipeline.errors import InputMissing, QuotesmithError, TryLater
+from pipeline.foreign_text import printable
 from pipeline.manifest import as_json
 from pipeline.retrying import within
 from pipeline.storage import Store
@@ -29,6 +30,7 @@ POLL_SECONDS = 2.0  # while waiting for another holder
 RENEWALS = 3  # within the time of a lease
 RELEASE_SECONDS = 3.0  # a grace period must be enough for it; after that the lease is left to expire
 LONGEST_SECONDS = 3600.0  # whatever a file says
+NAME_LENGTH = 100  # characters of a host's name
 
 
 def lease_name(run_id: str) -> str:
@@ -52,13 +54,18 @@ class Holder:
             content = json.loads(data)
             lasts = min(max(float(content["seconds"]), 0.0), LONGEST_SECONDS)
             return cls(
-                str(content["holder"]), lasts, float(content["until"]), str(content["since"]), dict(content["process"])
+                str(content["holder"]),
+                lasts,
+                float(content["until"]),
+                printable(content["since"], NAME_LENGTH),
+                dict(content["process"]),
             )
         except (ValueError, KeyError, TypeError, RecursionError):
             return cls("", seconds, 0.0, "an unknown time", {})
 
     def __str__(self) -> str:
-        return f"process {self.process.get('pid', '?')} on {self.process.get('host', 'an unknown host')}"
+        pid, host = (printable(self.process.get(key, "unknown"), NAME_LENGTH) for key in ("pid", "host"))
+        return f"process {pid} on {host}"
 
 
 class Watch:

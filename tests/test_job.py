@@ -190,6 +190,29 @@ def test_a_run_that_was_taken_over_publishes_nothing(done, toy_gpt2, tmp_path, m
     assert not list((tmp_path / "out").rglob("MANIFEST.json"))
 
 
+def test_a_run_that_failed_for_good_fails_at_once_until_it_is_to_be_tried_again(toy_gpt2, llama_cpp, tmp_path):
+    bucket, same = str(tmp_path / "bucket"), {name: ["same"] for name in QUOTES}
+    write_bucket(f"{bucket}/in", same, tmp_path)
+    asked = toy_job(toy_gpt2, bucket, tmp_path / "work")
+    with pytest.raises(DataError, match="1 usable quotes") as first:
+        job.run(asked)
+    (record,) = (tmp_path / "bucket" / "out").rglob("FAILURE.json")
+    said = json.loads(record.read_text())
+    assert (said["exit_code"], said["error"]) == (65, str(first.value))
+    assert [path.name for path in (tmp_path / "bucket" / "out").rglob("*") if path.is_file()] == ["FAILURE.json"]
+
+    with pytest.raises(DataError) as again:
+        job.run(asked)
+    assert str(again.value).startswith(f"{first.value} (") and "--retry-failed" in str(again.value)
+    assert json.loads(record.read_text()) == said
+    with pytest.raises(DataError) as tried:
+        job.run(asked, retry_failed=True)
+    assert str(tried.value) == str(first.value)
+    with pytest.raises(DataError) as changed:
+        job.run(toy_job(toy_gpt2, bucket, tmp_path / "work", log_format="text"))
+    assert str(changed.value) == str(first.value)
+
+
 def run_of(bucket):
     return json.loads(open_store(f"{bucket}/out").read("latest.json"))["run_id"]
 
@@ -225,4 +248,5 @@ def test_what_cannot_work_ends_with_its_error_and_publishes_nothing(
     with pytest.raises(error, match=sentence) as caught:
         job.run(toy_job(toy_gpt2, bucket, tmp_path / "work", **more))
     assert isinstance(caught.value, QuotesmithError) and "\n" not in str(caught.value)
-    assert not [path for path in (tmp_path / "bucket" / "out").rglob("*") if path.is_file()]
+    left = {path.name for path in (tmp_path / "bucket" / "out").rglob("*") if path.is_file()}
+    assert left == ({"FAILURE.json"} if sentence == "1 usable quotes" else set())  # the only one whose run is known

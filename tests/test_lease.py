@@ -174,6 +174,15 @@ def test_a_damaged_lease_belongs_to_nobody_and_expires(local: Store, content: by
     held(local).release()
 
 
+def test_what_a_lease_says_of_its_holder_cannot_break_a_message(local: Store) -> None:
+    name = "a\n\x1b[2J" + "b" * 10_000
+    content = {"holder": "x", "seconds": 9e99, "until": 9e99, "since": name, "process": {"pid": name, "host": name}}
+    local.put_if_absent(NAME, json.dumps(content).encode())
+    with pytest.raises(TryLater) as caught:
+        held(local)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 1000
+
+
 def test_a_bucket_that_is_away_for_longer_than_a_lease_lasts_is_survived_if_nobody_took_over(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
