@@ -318,6 +318,9 @@ class JobConfig(Section):
     log_format: Literal["auto", "text", "json"] = Field(
         "auto", description="auto: text and progress bars on a terminal, else one JSON object a line."
     )
+    grace_seconds: float = Field(
+        10, gt=0, description="Seconds from SIGTERM to SIGKILL on the platform: by then the job has ended by itself."
+    )
     data: DataConfig = DataConfig()
     tokens: TokensConfig = TokensConfig()
     model: ModelConfig = ModelConfig()

@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 # but a release is written once and its metrics hold the judgement: with other gates the same files are another release.
 NOT_IN_RUN_ID: dict[str, Any] = {
     **dict.fromkeys(("input", "output", "work_dir", "llama_cpp", "log_format"), True),
-    "lease": True,
+    **dict.fromkeys(("lease", "grace_seconds"), True),
     "calibration": {"text"},
     "model": {"base", "revision"},  # a path or an id; what it holds is identified by its hash or commit
 }
