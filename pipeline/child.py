@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from pipeline import groups
+from pipeline import groups, signals
 from pipeline.errors import CheckFailed, MachineError, TryLater
 from pipeline.meter import saw_tool
 
@@ -76,27 +76,36 @@ def started(
     # size made 1 token a second with the default, 13 with this; on idle cores 110 and 103.
     environment.setdefault("GOMP_SPINCOUNT", "1000")
     with tempfile.TemporaryFile() as stderr:
-        process = subprocess.Popen(
-            command,
-            stdin=stdin,
-            stdout=stdout,
-            stderr=stderr,
-            env=environment,
-            cwd=cwd,
-            process_group=0,  # of its own: a Ctrl-C is for this process, which ends the other
-            preexec_fn=groups.dies_with_this(),
-        )
-        groups.running.add(process.pid)
+        process = None
         try:
+            with signals.untorn():
+                process = subprocess.Popen(
+                    command,
+                    stdin=stdin,
+                    stdout=stdout,
+                    stderr=stderr,
+                    env=environment,
+                    cwd=cwd,
+                    process_group=0,  # of its own: a Ctrl-C is for this process, which ends the other
+                    preexec_fn=groups.dies_with_this(),
+                )
+                groups.running.add(process.pid)
             yield process, stderr
         finally:
-            groups.kill(process.pid)
-            process.wait()
-            groups.reap(process.pid)
-            groups.running.discard(process.pid)
-            for pipe in (process.stdin, process.stdout):
-                if pipe:
-                    pipe.close()
+            if process:
+                with signals.untorn():
+                    end(process)
+
+
+def end(process: Process) -> None:
+    """What is left of it, and of what it has started."""
+    groups.kill(process.pid)
+    process.wait()
+    groups.reap(process.pid)
+    groups.running.discard(process.pid)
+    for pipe in (process.stdin, process.stdout):
+        if pipe:
+            pipe.close()
 
 
 def require_success(process: Process, stderr: IO[bytes], writes_in: Path | None = None) -> None:

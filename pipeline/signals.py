@@ -32,6 +32,7 @@ class State:
     grace_seconds = 10.0
     received: signal.Signals | None = None
     unwinds = False  # there is something to save or to clean up
+    waits = False  # what runs must not be torn
     exit_code: int | None = None  # of a command that has ended
     handled = False
 
@@ -87,11 +88,31 @@ def unwinding() -> Iterator[None]:
         state.unwinds = False
 
 
+@contextmanager
+def untorn() -> Iterator[None]:
+    """A first signal becomes an exception only at the end of the block, which should be short."""
+    if state.waits or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before, state.waits = state.received, True
+    try:
+        yield
+    finally:
+        state.waits = False
+        if state.received != before:
+            unwind(state.received)
+
+
 def on_signal(number: int, frame: FrameType | None) -> None:
     """Where nothing unwinds, and at a second signal, the thread ends the process within milliseconds."""
     if state.unwinds and not state.received:
         state.received = signal.Signals(number)
-        raise KeyboardInterrupt if number == signal.SIGINT else Stopped
+        if not state.waits:
+            unwind(state.received)
+
+
+def unwind(number: signal.Signals | None) -> NoReturn:
+    raise KeyboardInterrupt if number == signal.SIGINT else Stopped
 
 
 def watch(reader: int) -> None:

@@ -82,6 +82,50 @@ def test_an_error_that_a_signal_became_on_its_way_is_still_the_signal(number, co
     assert returned == code and "Traceback" not in err and number.name in err
 
 
+STARTS = """
+def work():
+    with signals.unwinding():
+        end = time.monotonic() + 60
+        say("ready")
+        while time.monotonic() < end:
+            with child.started(["sleep", "600"], stdout=subprocess.DEVNULL):
+                pass
+import entrypoint
+code = entrypoint.exit_code_of(work)
+children = subprocess.run(["ps", "--ppid", str(os.getpid()), "-o", "comm="], capture_output=True, text=True).stdout
+say(children.split())
+signals.leave(code)
+"""
+
+
+@pytest.mark.skipif(not shutil.which("ps"), reason="needs ps")
+def test_a_signal_while_a_program_is_started_or_ended_leaves_none_behind(script):
+    chance = random.Random(0)
+    for number, code in STOPS * 4:
+        process = script(STARTS)
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(chance.uniform(0.05, 0.1))
+        process.send_signal(number)
+        out, err = process.communicate(timeout=30)
+        assert (process.returncode, out) == (code, "['ps']\n"), err
+
+
+def test_what_must_not_be_torn_is_finished_first(script):
+    whole = """
+def work():
+    with signals.unwinding():
+        with signals.untorn():
+            say("ready"); end = time.monotonic() + 0.4
+            while time.monotonic() < end: pass
+            say("whole")
+        say("too far")
+import entrypoint
+signals.leave(entrypoint.exit_code_of(work))
+"""
+    returned, out, _, _ = stopped(script(whole), signal.SIGINT)
+    assert (returned, out) == (130, "whole\n")
+
+
 HANGS = {
     "in Python": "while True:\n try: time.sleep(60)\n except BaseException: pass",
     "in one long call": "hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)",
