@@ -18,7 +18,7 @@ from typing import Any
 import click
 
 from pipeline import __version__, logs
-from pipeline.errors import DataError, MachineError, NotAllowed, QuotesmithError
+from pipeline.errors import MachineError, NotAllowed, QuotesmithError
 from pipeline.options import job_options, sampling_options
 from pipeline.redact import redact
 from pipeline.settings import Resolved, as_table, resolve
@@ -103,11 +103,10 @@ def generate(gguf: str, prompt: str, count: int, seed: int, llama_cpp: str, **sa
     from pathlib import Path
 
     from pipeline import llama_cpp as engine
+    from pipeline.gguf_guard import check_from_outside
 
     path = Path(gguf)
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise DataError(f"{gguf} is not a GGUF file; give the model file that a run published")
+    check_from_outside(path)
     tools = engine.find(llama_cpp)
     for number in range(seed, seed + count):
         click.echo(prompt + engine.generate(tools, path, prompt, seed=number, **chosen.sampling).text)
