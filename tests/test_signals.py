@@ -301,11 +301,11 @@ def test_a_signal_while_torch_is_imported_ends_it_at_once(number, after, tmp_pat
     assert time.monotonic() - begun < 5
 
 
-def start(toy_gpt2, folder):
+def start(toy_gpt2, folder, *more):
     command = [sys.executable, "entrypoint.py", "run", "--input", f"{folder}/bucket/in", "--log-format", "text"]
     command += ["--output", f"{folder}/bucket/out", "--work-dir", f"{folder}/work", "--model.base", str(toy_gpt2)]
     command += ["--train.max-steps", "2", "--evaluate.samples", "1", "--evaluate.max-new-tokens", "8"]
-    command += ["--calibration.generated", "8", "--recover.steps", "1", "--finish.steps", "1"]
+    command += ["--calibration.generated", "8", "--recover.steps", "1", "--finish.steps", "1", *more]
     return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
