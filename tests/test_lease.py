@@ -8,8 +8,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -17,7 +17,7 @@ from pipeline import lease as module
 from pipeline import process, retrying
 from pipeline.bucket import BucketStore
 from pipeline.errors import ServiceUnavailable, TargetTaken, TryLater
-from pipeline.lease import Lease, lease_name
+from pipeline.lease import Holder, Lease, lease_name
 from pipeline.manifest import manifest_name
 from pipeline.publish import publish, verify
 from pipeline.storage import Store, open_store
@@ -121,13 +121,15 @@ def test_a_clock_that_is_wrong_by_weeks_takes_nothing_from_a_living_holder(
     local: Store, hours: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     far_away(monkeypatch)
-    first = held(local)
-    clock = SimpleNamespace(**{name: getattr(time, name) for name in ("monotonic", "sleep", "strftime", "gmtime")})
-    clock.time = lambda: time.time() + 3600 * hours
+    first, parsed = held(local), Holder.parsed
     with monkeypatch.context() as patch:
-        patch.setattr(module, "time", clock)
+        shift = 3600 * hours
+        patch.setattr(Holder, "parsed", lambda *of: replace(parsed(*of), until=parsed(*of).until + shift))
+        end = threading.Timer(5, first.release)
+        end.start()
         with pytest.raises(TryLater):
             held(local)
+        end.cancel()
     first.confirm()
     first.release()
 
