@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+from pipeline import signals
+
+if __name__ == "__main__":
+    signals.handle()  # before the imports below: they take a quarter of a second
+
 import io
 import json
 import logging
 import os
-import signal
-import sys
 import traceback
-from types import FrameType
+from signal import SIGINT, SIGTERM
 from typing import Any
 
 import click
 
 from pipeline import __version__, logs
-from pipeline.errors import DataError, MachineError, NotAllowed, QuotesmithError
+from pipeline.errors import MachineError, NotAllowed, QuotesmithError
 from pipeline.options import job_options, sampling_options
 from pipeline.redact import redact
 from pipeline.settings import Resolved, as_table, resolve
+from pipeline.signals import Stopped
 
 log = logging.getLogger("quotesmith")
 
-KEPT = "a run keeps its finished stages, and the same command goes on after them"
 NO_SPACE = (28, 122)  # ENOSPC, EDQUOT
 GROUP = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
@@ -41,18 +44,22 @@ def settled(context: click.Context, config_file: str | None) -> Resolved:
     """All settings from all their places, and logging as they ask for it."""
     resolved = resolve(context.obj or {}, os.environ, config_file)
     logs.configure(resolved.config.log_format)
+    signals.state.grace_seconds = resolved.config.grace_seconds
     return resolved
 
 
 @cli.command()
 @job_options
+@click.option("--retry-failed", is_flag=True, help="Try a run again that failed for good (its FAILURE.json goes).")
 @click.pass_context
-def run(context: click.Context, config_file: str | None) -> None:
+def run(context: click.Context, config_file: str | None, retry_failed: bool) -> None:
     """Run the whole job and publish the release."""
     resolved = settled(context, config_file)
     from pipeline import job, report
 
-    click.echo(report.of_run(job.run(resolved)))
+    with signals.unwinding():
+        outcome = job.run(resolved, retry_failed=retry_failed)
+    click.echo(report.of_run(outcome))
 
 
 @cli.command()
@@ -65,7 +72,9 @@ def plan(context: click.Context, config_file: str | None) -> None:
     from pipeline import report
 
     click.echo(report.of_settings(as_table(resolved)))
-    click.echo(report.of_plan(planning.plan(resolved)))
+    with signals.unwinding():
+        planned = planning.plan(resolved)
+    click.echo(report.of_plan(planned))
 
 
 @cli.command()
@@ -94,11 +103,10 @@ def generate(gguf: str, prompt: str, count: int, seed: int, llama_cpp: str, **sa
     from pathlib import Path
 
     from pipeline import llama_cpp as engine
+    from pipeline.gguf_guard import check_from_outside
 
     path = Path(gguf)
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise DataError(f"{gguf} is not a GGUF file; give the model file that a run published")
+    check_from_outside(path)
     tools = engine.find(llama_cpp)
     for number in range(seed, seed + count):
         click.echo(prompt + engine.generate(tools, path, prompt, seed=number, **chosen.sampling).text)
@@ -111,7 +119,9 @@ def verify(uri: str) -> None:
     logs.configure("auto")
     from pipeline import publish
 
-    for name in (checked := publish.verify(uri)):
+    with signals.unwinding():
+        checked = publish.verify(uri)
+    for name in checked:
         click.echo(f"ok  {name}")
     click.echo(f"{len(checked)} objects are as the manifest says")
 
@@ -119,20 +129,11 @@ def verify(uri: str) -> None:
 cli.add_command(run, "train")  # SageMaker starts an image with the one argument `train`
 
 
-class Stopped(BaseException):
-    """SIGTERM: unwinds the job, so that children are ended and temporary files removed."""
-
-
-def on_sigterm(number: int, frame: FrameType | None) -> None:
-    raise Stopped
-
-
 def main() -> None:
     """Run the command line; end with the exit code of `pipeline/errors.py`, and a traceback only for our bugs."""
-    signal.signal(signal.SIGTERM, on_sigterm)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell started this with &
+    signals.handle()
     prepare_environment()
-    sys.exit(exit_code_of(lambda: cli(standalone_mode=False)))
+    signals.leave(exit_code_of(lambda: cli(standalone_mode=False)))
 
 
 def prepare_environment() -> None:
@@ -147,31 +148,34 @@ def prepare_environment() -> None:
 def exit_code_of(command: Any) -> int:
     try:
         return int(command() or 0)
-    except click.exceptions.Exit as e:
-        return e.exit_code
-    except click.ClickException as e:
+    except SystemExit:
+        raise
+    except BaseException as e:
+        return code_of(e)
+
+
+def code_of(error: BaseException) -> int:
+    """The exit code for an error that is being handled, after a word about it."""
+    stop = signals.state.received  # whatever it became on its way up
+    if stop or isinstance(error, KeyboardInterrupt | click.Abort | Stopped):
+        stop = stop or (SIGTERM if isinstance(error, Stopped) else SIGINT)
+        click.echo(signals.sentence(stop), err=True)
+        return 128 + stop
+    if isinstance(error, click.exceptions.Exit):
+        return error.exit_code
+    if isinstance(error, click.ClickException):
         said = io.StringIO()
-        e.show(said)
+        error.show(said)
         click.echo(redact(said.getvalue()), err=True, nl=False)
-        return e.exit_code
-    except QuotesmithError as e:
-        return fail(e)
-    except (KeyboardInterrupt, click.Abort):
-        click.echo(f"stopped by SIGINT; {KEPT}", err=True)
-        return 130
-    except Stopped:
-        click.echo(f"stopped by SIGTERM; {KEPT}", err=True)
-        return 143
-    except PermissionError as e:
-        return fail(NotAllowed(f"{e.filename} cannot be opened or written: {e.strerror}"))
-    except OSError as e:
-        if e.errno in NO_SPACE:
-            return fail(MachineError(f"the disk is full ({e.filename or 'writing'}); free space and run again"))
-        click.echo(redact(traceback.format_exc()), err=True)
-        return 70
-    except Exception:
-        click.echo(redact(traceback.format_exc()), err=True)
-        return 70
+        return error.exit_code
+    if isinstance(error, QuotesmithError):
+        return fail(error)
+    if isinstance(error, PermissionError):
+        return fail(NotAllowed(f"{error.filename} cannot be opened or written: {error.strerror}"))
+    if isinstance(error, OSError) and error.errno in NO_SPACE:
+        return fail(MachineError(f"the disk is full ({error.filename or 'writing'}); free space and run again"))
+    click.echo(redact("".join(traceback.format_exception(error))), err=True)
+    return 70
 
 
 def fail(error: QuotesmithError) -> int:

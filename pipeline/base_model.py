@@ -29,6 +29,7 @@ from pipeline.artifacts import Checkpoint, Facts, sha256_of_files
 from pipeline.config import BASE_MODEL, BASE_REVISION, ModelConfig
 from pipeline.errors import ConfigError, DataError, InputMissing, NotAllowed, ServiceUnavailable
 from pipeline.gguf_model import model_from_gguf
+from pipeline.model_folder import check_folder
 from pipeline.storage.local import local_path
 
 log = logging.getLogger(__name__)
@@ -153,6 +154,7 @@ def load(folder: Path, base: str) -> tuple[PreTrainedModel, PreTrainedTokenizerB
     require_files((file.name for file in folder.iterdir()), base)
     require_causal_lm(folder / "config.json", base)
     try:
+        check_folder(folder)
         model, report = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )

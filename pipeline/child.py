@@ -12,12 +12,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from pipeline.errors import CheckFailed, MachineError
+from pipeline import groups, signals
+from pipeline.errors import CheckFailed, MachineError, TryLater
 from pipeline.meter import saw_tool
 
 LEAST_FREE_BYTES = 1 << 20  # a program that failed while writing, with less than this left, failed for lack of disk
 
 WATCH_SECONDS = 0.02
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # somebody's wish, no fault of the program
 
 Process = subprocess.Popen[bytes]
 
@@ -64,23 +66,46 @@ def started(
     stdout: int | IO[bytes],
     cwd: Path | None = None,
 ) -> Iterator[tuple[Process, IO[bytes]]]:
-    """A running program and the file its stderr goes to. It does not outlive the block, however that is left."""
+    """A running program and the file its stderr goes to.
+
+    Neither it nor what it has started outlives the block, however that is left, nor does it outlive this process.
+    """
     # llama.cpp takes options from LLAMA_ARG_* too; what runs here depends on its arguments alone
     environment = {key: value for key, value in os.environ.items() if not key.startswith("LLAMA_")}
     # OpenMP threads that wait by spinning keep a shared CPU from the one they wait for: on two busy cores GPT-2's
     # size made 1 token a second with the default, 13 with this; on idle cores 110 and 103.
     environment.setdefault("GOMP_SPINCOUNT", "1000")
     with tempfile.TemporaryFile() as stderr:
-        process = subprocess.Popen(command, stdin=stdin, stdout=stdout, stderr=stderr, env=environment, cwd=cwd)
+        process = None
         try:
+            with signals.untorn():
+                process = subprocess.Popen(
+                    command,
+                    stdin=stdin,
+                    stdout=stdout,
+                    stderr=stderr,
+                    env=environment,
+                    cwd=cwd,
+                    process_group=0,  # of its own: a Ctrl-C is for this process, which ends the other
+                    preexec_fn=groups.dies_with_this(),
+                )
+                groups.running.add(process.pid)
             yield process, stderr
         finally:
-            if process.returncode is None:
-                process.kill()
-                process.wait()
-            for pipe in (process.stdin, process.stdout):
-                if pipe:
-                    pipe.close()
+            if process:
+                with signals.untorn():
+                    end(process)
+
+
+def end(process: Process) -> None:
+    """What is left of it, and of what it has started."""
+    groups.kill(process.pid)
+    process.wait()
+    groups.reap(process.pid)
+    groups.running.discard(process.pid)
+    for pipe in (process.stdin, process.stdout):
+        if pipe:
+            pipe.close()
 
 
 def require_success(process: Process, stderr: IO[bytes], writes_in: Path | None = None) -> None:
@@ -94,6 +119,8 @@ def require_success(process: Process, stderr: IO[bytes], writes_in: Path | None 
         raise MachineError(f"{name} failed because the disk of {writes_in} is full; free some space and run again")
     if process.returncode == -signal.SIGKILL:
         raise MachineError(f"{name} was killed, probably for lack of memory; run again with more memory")
+    if -process.returncode in STOPS:
+        raise TryLater(f"{name} was stopped by {signal.Signals(-process.returncode).name}; run again")
     raise CheckFailed(f"{name} failed with exit code {process.returncode}; its last line: {last}")
 
 

@@ -315,6 +315,17 @@ class ResumeConfig(Section):
     keep: bool = Field(False, description="Leave those copies there when the release is published.")
 
 
+class LeaseConfig(Section):
+    """Two starts of the same run: one works. None of it changes the result."""
+
+    seconds: float = Field(
+        60, ge=2, le=3600, description="A start that has died is followed by another after this time at the latest."
+    )
+    wait_seconds: float = Field(
+        0, ge=0, description="How long to wait for another start of the same run before ending with code 75."
+    )
+
+
 class JobConfig(Section):
     """A whole job."""
 
@@ -331,6 +342,9 @@ class JobConfig(Section):
     log_format: Literal["auto", "text", "json"] = Field(
         "auto", description="auto: text and progress bars on a terminal, else one JSON object a line."
     )
+    grace_seconds: float = Field(
+        10, gt=0, description="Seconds from SIGTERM to SIGKILL on the platform: by then the job has ended by itself."
+    )
     data: DataConfig = DataConfig()
     tokens: TokensConfig = TokensConfig()
     model: ModelConfig = ModelConfig()
@@ -346,6 +360,7 @@ class JobConfig(Section):
     gate: GateConfig = GateConfig()
     publish: PublishConfig = PublishConfig()
     resume: ResumeConfig = ResumeConfig()
+    lease: LeaseConfig = LeaseConfig()
 
     @field_validator("work_dir")
     @classmethod

@@ -17,6 +17,7 @@ from tokenizers.pre_tokenizers import PreTokenizer
 from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from pipeline.errors import ConfigError, DataError
+from pipeline.gguf_guard import check_from_outside
 
 ARCHITECTURE = "llama"
 
@@ -42,6 +43,7 @@ def model_from_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFas
 
     Raises `ConfigError` for an architecture other than Llama's, `DataError` for a file that is cut off or torn.
     """
+    check_from_outside(path)
     reader = _open(path)
     architecture = _field(reader, "general.architecture", path)
     if architecture != ARCHITECTURE:

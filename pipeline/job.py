@@ -16,8 +16,8 @@ from pipeline import __version__, base_model, gates, metrics, settings
 from pipeline.artifacts import Checkpoint, Corpus, Evaluation, GgufFile, GgufSet, Release, TokenDataset
 from pipeline.base_model import obtain
 from pipeline.calibrate import calibrate
+from pipeline.claim import Claim
 from pipeline.config import JobConfig
-from pipeline.errors import CheckFailed
 from pipeline.evaluate import evaluate
 from pipeline.export import export
 from pipeline.extend import extend
@@ -29,7 +29,7 @@ from pipeline.preflight import check_model, preflight
 from pipeline.publish import complete, find_release, is_latest, read_metrics, refuse_foreign_files
 from pipeline.quantize import quantize
 from pipeline.recover import recover
-from pipeline.rejection import publish_judged, refuse_rejected
+from pipeline.rejection import Rejected, publish_judged, refuse_rejected
 from pipeline.room import check_room, needs_of
 from pipeline.settings import Resolved
 from pipeline.sparsify import sparsify
@@ -42,7 +42,8 @@ log = logging.getLogger(__name__)
 # out. The gates do not either, but a release is written once and its metrics hold the judgement: with other gates the
 # same files are another release.
 NOT_IN_RUN_ID: dict[str, Any] = {
-    **dict.fromkeys(("input", "output", "work_dir", "llama_cpp", "log_format", "resume"), True),
+    **dict.fromkeys(("input", "output", "work_dir", "llama_cpp", "log_format"), True),
+    **dict.fromkeys(("resume", "lease", "grace_seconds"), True),
     "calibration": {"text"},
     "model": {"base", "revision"},  # a path or an id; what it holds is identified by its hash or commit
 }
@@ -56,12 +57,18 @@ class Outcome:
     is_latest: bool  # False: the plainly named files there are a newer release's
 
 
-def run(resolved: Resolved) -> Outcome:
+def run(resolved: Resolved, *, retry_failed: bool = False) -> Outcome:
+    with Claim(resolved.config, retry_failed=retry_failed) as claim:
+        return walk(resolved, claim)
+
+
+def walk(resolved: Resolved, claim: Claim) -> Outcome:
     cfg = resolved.config
     disable_progress_bar()  # one for every model that is loaded; the long steps have bars of their own
     set_verbosity_error()
     tools, device = preflight(cfg)
     log.info("job: device %s (%s), llama.cpp %s, work_dir %s", *device, tools.version, cfg.work_dir)
+    claim.work_folder()
     stages = Stages(cfg.work_dir, cfg.resume)
 
     refuse_foreign_files(cfg.output, plain_names(cfg))
@@ -71,7 +78,7 @@ def run(resolved: Resolved) -> Outcome:
     text = calibration_text(stages, cfg)
     run_id = run_id_of(cfg, corpus, text, source, tools.version)
     stages.belong_to(cfg.output, run_id)
-    if release := find_release(cfg.output, run_id):
+    if release := find_release(cfg.output, run_id) or claim.run(run_id, tools.version):
         stages.forget()
         return already_there(release, cfg)
     refuse_rejected(cfg.output, cfg.gate, run_id, plain_names(cfg))
@@ -107,8 +114,8 @@ def run(resolved: Resolved) -> Outcome:
     figures = gather(resolved, run_id, stages, corpus, tokens, finished, evaluation, tools.version)
     files = lay_out(cfg, run_id, figures, finished, final)
     try:
-        release = publish_judged(cfg.output, figures, run_id=run_id, name=cfg.name, files=files)
-    except CheckFailed:  # rejected, which is a release too
+        release = publish_judged(cfg.output, figures, run_id=run_id, name=cfg.name, files=files, confirm=claim.confirm)
+    except Rejected:  # which is a release too
         stages.forget()
         raise
     stages.forget()

@@ -9,15 +9,17 @@ from pipeline import base_model
 from pipeline.artifacts import Corpus, TokenDataset
 from pipeline.base_model import obtain
 from pipeline.budget import roles_of
+from pipeline.config import JobConfig
 from pipeline.device import Device, Precision, choose_precision
 from pipeline.fetch import content_hash, fetch, resolve
 from pipeline.finetune import optimizer_steps
 from pipeline.forecast import Forecast, forecasts_of
-from pipeline.preflight import check_files, check_shape, preflight
+from pipeline.preflight import Ground, check_files, check_shape, preflight
 from pipeline.room import disk_needed
 from pipeline.settings import Resolved
 from pipeline.stage import Stages
 from pipeline.tokens import tokenize
+from pipeline.work_folder import alone_in
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,13 @@ class Plan:
 def plan(resolved: Resolved) -> Plan:
     """Fetches, obtains the base model and tokenizes: a run afterwards finds these stages done."""
     cfg = resolved.config
-    tools, device = preflight(cfg)
+    ground = preflight(cfg)
+    with alone_in(cfg.work_dir, cfg.lease.wait_seconds):
+        return planned(cfg, ground)
+
+
+def planned(cfg: JobConfig, ground: Ground) -> Plan:
+    tools, device = ground
     stages = Stages(cfg.work_dir)
     inputs = resolve(cfg.input, cfg.data)
     corpus = stages.run(fetch, inputs, cfg.data, outside=content_hash(inputs))

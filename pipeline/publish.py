@@ -7,7 +7,7 @@ import json
 import logging
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -26,11 +26,18 @@ METRICS = "metrics.json"
 SWAP_ATTEMPTS = 10
 
 
-def publish(output: str, *, run_id: str, name: str, files: Mapping[str, Path]) -> Release:
+def always() -> None:
+    """For who works alone."""
+
+
+def publish(
+    output: str, *, run_id: str, name: str, files: Mapping[str, Path], confirm: Callable[[], None] = always
+) -> Release:
     """Release `files` (name for people to path) as run `run_id` under the output URI.
 
     If this run is already released with the same GGUF files, that release stands and only what is missing of
-    latest.json and the plain copies is added. With other GGUF files: TargetTaken (73).
+    latest.json and the plain copies is added. With other GGUF files: TargetTaken (73). `confirm` is called right before
+    the manifest is written, and raises if this process may no longer do that.
     """
     store = open_store(output)
     ours = [manifest.describe(file, path) for file, path in files.items()]
@@ -43,6 +50,7 @@ def publish(output: str, *, run_id: str, name: str, files: Mapping[str, Path]) -
         put_object(store, object_name(run_id, file.sha256), files[file.name], file)
     if not release:
         created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        confirm()
         store.put_if_absent(manifest_name(run_id), manifest.to_bytes(run_id, name, created, ours))
         release = standing_release(store, output, run_id)  # another run may have been faster
         refuse_another_result(release, ours)

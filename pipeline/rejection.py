@@ -3,7 +3,7 @@ rejected/ in the output, where nobody who reads latest.json or the plain names m
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -13,7 +13,11 @@ from pipeline.config import GateConfig
 from pipeline.errors import CheckFailed, DataError
 from pipeline.gates import failed, limits, rejection
 from pipeline.metrics import GateResult, Metrics
-from pipeline.publish import complete, find_release, publish, read_metrics, refuse_foreign_files
+from pipeline.publish import always, complete, find_release, publish, read_metrics, refuse_foreign_files
+
+
+class Rejected(CheckFailed):
+    """The release under rejected/ is what is left of it: no other record of the failure is needed."""
 
 
 def place_of(output: str) -> str:
@@ -21,16 +25,24 @@ def place_of(output: str) -> str:
     return f"{output.rstrip('/')}/rejected"
 
 
-def publish_judged(output: str, figures: Metrics, *, run_id: str, name: str, files: Mapping[str, Path]) -> Release:
-    """Publish under `output` if every gate passed; else under rejected/ in it, and raise `CheckFailed`."""
+def publish_judged(
+    output: str,
+    figures: Metrics,
+    *,
+    run_id: str,
+    name: str,
+    files: Mapping[str, Path],
+    confirm: Callable[[], None] = always,
+) -> Release:
+    """Publish under `output` if every gate passed; else under rejected/ in it, and raise `Rejected`."""
     if not failed(figures.gates):
-        return publish(output, run_id=run_id, name=name, files=files)
-    release = publish(place_of(output), run_id=run_id, name=name, files=files)
-    raise CheckFailed(verdict(release, figures.gates))
+        return publish(output, run_id=run_id, name=name, files=files, confirm=confirm)
+    release = publish(place_of(output), run_id=run_id, name=name, files=files, confirm=confirm)
+    raise Rejected(verdict(release, figures.gates))
 
 
 def refuse_rejected(output: str, cfg: GateConfig, run_id: str, names: Sequence[str]) -> None:
-    """Raises the same `CheckFailed` again if this run's release was rejected before and still lies there.
+    """Raises the same `Rejected` again if this run's release was rejected before and still lies there.
 
     `names` are the plain names that a rejected release will have: `TargetTaken` if one is somebody else's file.
     """
@@ -39,7 +51,7 @@ def refuse_rejected(output: str, cfg: GateConfig, run_id: str, names: Sequence[s
     place = place_of(output)
     if release := find_release(place, run_id):
         complete(release)
-        raise CheckFailed(verdict(release, results_of(release)))
+        raise Rejected(verdict(release, results_of(release)))
     refuse_foreign_files(place, names)
 
 

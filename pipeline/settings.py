@@ -23,6 +23,7 @@ from pipeline.errors import ConfigError
 
 ENV_PREFIX = "QUOTESMITH_"
 CONFIG_ENV = "QUOTESMITH_CONFIG"
+LARGEST_FILE = 1024 * 1024  # bytes
 # Kubernetes gives every pod these for a Service that is called quotesmith.
 INJECTED = re.compile(r"QUOTESMITH_(SERVICE_HOST|SERVICE_PORT\w*|PORT(_\d+_\w+)?)")
 Source = tuple[Mapping[str, Any], Mapping[str, str]]  # key to value, key to origin
@@ -116,8 +117,15 @@ def from_file(uri: str) -> Source:
     from pipeline.storage import open_store
 
     folder, slash, name = uri.rpartition("/")
+    store = open_store(folder + slash or ".")
+    found = store.stat(name)
+    if found and found.size > LARGEST_FILE:
+        raise ConfigError(f"{uri} has {found.size} bytes; needed a YAML file of at most {LARGEST_FILE}")
     try:
-        content = yaml.safe_load(open_store(folder + slash or ".").read(name).decode())
+        text = store.read(name).decode()
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            raise ConfigError(f"{uri} has aliases (*name), which settings do not need; write the values out")
+        content = yaml.safe_load(text)
     except UnicodeDecodeError as e:
         raise ConfigError(f"{uri} is not UTF-8 text; needed a YAML file") from e
     except (yaml.YAMLError, RecursionError) as e:

@@ -26,7 +26,7 @@ from pipeline.meter import Meter
 from pipeline.mirror import Mirror, tolerated
 from pipeline.sealed import opened, seal
 from pipeline.storage import scheme_of
-from pipeline.work_folder import make_room, touch
+from pipeline.work_cache import make_room, touch
 
 log = logging.getLogger(__name__)
 

@@ -1,49 +1,69 @@
-"""The work folder as a cache: what older jobs left stays as long as there is room, for the next may want it again."""
+"""A work folder serves one job at a time: another would empty the folder of the stage that both are in."""
 
 from __future__ import annotations
 
-import logging
-import re
-import shutil
-from collections.abc import Collection
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pipeline.sealed import MARKER
+from pipeline import process
+from pipeline.errors import TryLater
+from pipeline.storage.local import translated
 
-log = logging.getLogger(__name__)
-
-# Nothing else in the work folder is ours to remove: it can be a folder of somebody's.
-OURS = re.compile(r"[0-9a-f]{16}(\.checkpoints)?")
+LOCK = "IN_USE"
+POLL_SECONDS = 0.5
 
 
-def make_room(work_dir: Path, needed: int, used: Collection[str]) -> None:
-    """Removes folders of stages, those used longest ago first, until `needed` bytes are free or none is left.
+@contextmanager
+def alone_in(folder: Path, wait_seconds: float) -> Iterator[None]:
+    """Raises `TryLater` if another job is still in `folder` after `wait_seconds`.
 
-    `used` are the folders of this job, as `stage/fingerprint`. What is not among them when a stage begins belongs to
-    other settings: this job's later stages cannot be done before their input is.
+    The lock is the system's and ends with its process, however that ends; the file only carries it. On file systems
+    that cannot lock (some network drives) nobody is kept out.
     """
-    for folder in sorted(others(work_dir, used), key=last_used):
-        if shutil.disk_usage(work_dir).free >= needed:
-            return
-        log.info("disk: %.1f MB are needed in %s; an older job's %s is removed", needed / 1e6, work_dir, place(folder))
-        (folder / MARKER).unlink(missing_ok=True)  # first, so that a kill in between leaves no whole folder
-        shutil.rmtree(folder, ignore_errors=True)
+    path, end = folder / LOCK, time.monotonic() + wait_seconds
+    with translated(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = locked(path)
+        while descriptor is None:
+            if time.monotonic() >= end:
+                raise TryLater(
+                    f"work_dir {folder} is in use by {owner(path)}; wait for it, set lease.wait_seconds, or choose "
+                    "another work_dir"
+                )
+            time.sleep(POLL_SECONDS)
+            descriptor = locked(path)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            path.unlink()  # before the lock is given up: after that it can be somebody else's
+        os.close(descriptor)
 
 
-def others(work_dir: Path, used: Collection[str]) -> list[Path]:
-    found = (path for path in work_dir.glob("*/*") if path.is_dir() and OURS.fullmatch(path.name))
-    return [path for path in found if place(path).removesuffix(".checkpoints") not in used]
+def locked(path: Path) -> int | None:
+    """The open, locked file of that name; None while another process has it."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        except OSError:
+            return descriptor
+        if path.exists() and os.fstat(descriptor).st_ino == path.stat().st_ino:
+            os.truncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} on {process.identity()['host']}".encode())
+            return descriptor
+        os.close(descriptor)  # its last owner removed it between the two calls
 
 
-def place(folder: Path) -> str:
-    return f"{folder.parent.name}/{folder.name}"
-
-
-def last_used(folder: Path) -> float:
-    """`touch` says when a finished stage was used, the folder itself when an unfinished one was written to."""
-    marker = folder / MARKER
-    return (marker if marker.exists() else folder).stat().st_mtime
-
-
-def touch(folder: Path) -> None:
-    (folder / MARKER).touch()
+def owner(path: Path) -> str:
+    try:
+        return path.read_text() or "another process"
+    except OSError:
+        return "another process"

@@ -1,9 +1,12 @@
+import signal
 import sys
+import time
 
+import psutil
 import pytest
 
 from pipeline import child
-from pipeline.errors import CheckFailed, MachineError
+from pipeline.errors import CheckFailed, MachineError, TryLater
 
 
 def python(code):
@@ -28,6 +31,21 @@ def test_a_full_disk_is_the_machines_fault(tmp_path):
 def test_a_killed_program_is_the_machines_fault():
     with pytest.raises(MachineError, match="memory"):
         child.run(python("import os; os.kill(os.getpid(), 9)"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_program_that_somebody_stopped_can_be_run_again(number):
+    with pytest.raises(TryLater, match=f"stopped by {number.name}"):
+        child.run(python(f"import os; os.kill(os.getpid(), {number:d})"))
+
+
+def test_what_a_program_started_and_left_ends_with_it():
+    left = int(child.run(["sh", "-c", "sleep 600 >/dev/null 2>&1 & echo $!"]).stdout)
+    for _ in range(200):
+        if not psutil.pid_exists(left) or psutil.Process(left).status() == psutil.STATUS_ZOMBIE:
+            return
+        time.sleep(0.01)
+    raise AssertionError("it is still there")
 
 
 def test_no_child_outlives_an_interrupted_block():

@@ -1,13 +1,15 @@
 """The whole chain on a toy: from a bucket to published files, every part real."""
 
 import json
+import os
 
 import gguf
 import jsonschema
 import pytest
 
 from pipeline import job, metrics, publish, report
-from pipeline.errors import CheckFailed, ConfigError, DataError, InputMissing, QuotesmithError, TargetTaken
+from pipeline.errors import CheckFailed, ConfigError, DataError, InputMissing, QuotesmithError, TargetTaken, TryLater
+from pipeline.lease import Lease, lease_name
 from pipeline.settings import resolve
 from pipeline.storage import open_store
 
@@ -164,7 +166,8 @@ def test_a_file_that_misses_a_gate_is_published_under_rejected_and_nowhere_else(
     with pytest.raises(CheckFailed, match=r"rejected by gate\.ppl_ratio: gpt2-ye-trump-Q2_K\.gguf") as caught:
         job.run(toy_job(toy_gpt2, bucket, work, **gates))
     assert caught.value.exit_code == 70 and f"{out}/rejected" in str(caught.value)
-    assert [path.name for path in out.iterdir()] == ["rejected"] and publish.verify(f"{out}/rejected")
+    assert {path.relative_to(out).parts[0] for path in out.rglob("*") if path.is_file()} == {"rejected"}
+    assert publish.verify(f"{out}/rejected")
     figures = json.loads((out / "rejected" / "metrics.json").read_text())
     jsonschema.validate(figures, json.loads(metrics.SCHEMA_PATH.read_text()))
     assert [(gate["gate"], gate["passed"]) for gate in figures["gates"]] == [("ppl_ratio", False), ("kld", True)]
@@ -179,6 +182,60 @@ def test_a_file_that_misses_a_gate_is_published_under_rejected_and_nowhere_else(
     passed = job.run(toy_job(toy_gpt2, bucket, work, **{**gates, "gate.ppl_ratio": "1000"}))
     assert passed.is_latest and all(stage["skipped"] for stage in passed.metrics["stages"])
     assert "gate.ppl_ratio" in report.of_run(passed)
+
+
+def test_a_run_that_another_start_is_doing_ends_with_75_and_goes_on_when_that_has_died(done, toy_gpt2, tmp_path):
+    bucket, work = done
+    asked = toy_job(toy_gpt2, bucket, work, output=str(tmp_path / "out"))
+    other = Lease(open_store(str(tmp_path / "out")), run_of(bucket), 3600)
+    other.acquire(0)
+    with pytest.raises(TryLater, match=f"run {other.run_id} is being done by process {os.getpid()}"):
+        job.run(asked)
+    other.release()
+    assert job.run(asked).published_now
+    assert not list((tmp_path / "out").rglob("LEASE.json")) and not (work / "IN_USE").exists()
+
+
+def test_a_run_that_was_taken_over_publishes_nothing(done, toy_gpt2, tmp_path, monkeypatch):
+    bucket, work = done
+    store, laid_out = open_store(str(tmp_path / "out")), job.lay_out
+
+    def overtaken(cfg, run_id, *rest):
+        found = store.stat(lease_name(run_id))
+        assert found and Lease(store, run_id, 3600)._write(found.version)
+        return laid_out(cfg, run_id, *rest)
+
+    monkeypatch.setattr(job, "lay_out", overtaken)
+    with pytest.raises(TryLater, match="nothing of this run is published from here"):
+        job.run(toy_job(toy_gpt2, bucket, work, output=str(tmp_path / "out")))
+    assert not list((tmp_path / "out").rglob("MANIFEST.json"))
+
+
+def test_a_run_that_failed_for_good_fails_at_once_until_it_is_to_be_tried_again(toy_gpt2, llama_cpp, tmp_path):
+    bucket, same = str(tmp_path / "bucket"), {name: ["same"] for name in QUOTES}
+    write_bucket(f"{bucket}/in", same, tmp_path)
+    asked = toy_job(toy_gpt2, bucket, tmp_path / "work")
+    with pytest.raises(DataError, match="1 usable quotes") as first:
+        job.run(asked)
+    (record,) = (tmp_path / "bucket" / "out").rglob("FAILURE.json")
+    said = json.loads(record.read_text())
+    assert (said["exit_code"], said["error"]) == (65, str(first.value))
+    assert [path.name for path in (tmp_path / "bucket" / "out").rglob("*") if path.is_file()] == ["FAILURE.json"]
+
+    with pytest.raises(DataError) as again:
+        job.run(asked)
+    assert str(again.value).startswith(f"{first.value} (") and "--retry-failed" in str(again.value)
+    assert json.loads(record.read_text()) == said
+    with pytest.raises(DataError) as tried:
+        job.run(asked, retry_failed=True)
+    assert str(tried.value) == str(first.value)
+    with pytest.raises(DataError) as changed:
+        job.run(toy_job(toy_gpt2, bucket, tmp_path / "work", log_format="text"))
+    assert str(changed.value) == str(first.value)
+
+
+def run_of(bucket):
+    return json.loads(open_store(f"{bucket}/out").read("latest.json"))["run_id"]
 
 
 def test_a_file_that_no_release_put_there_is_never_overwritten(toy_gpt2, llama_cpp, tmp_path):
@@ -212,4 +269,5 @@ def test_what_cannot_work_ends_with_its_error_and_publishes_nothing(
     with pytest.raises(error, match=sentence) as caught:
         job.run(toy_job(toy_gpt2, bucket, tmp_path / "work", **more))
     assert isinstance(caught.value, QuotesmithError) and "\n" not in str(caught.value)
-    assert not [path for path in (tmp_path / "bucket" / "out").rglob("*") if path.is_file()]
+    left = {path.name for path in (tmp_path / "bucket" / "out").rglob("*") if path.is_file()}
+    assert left == ({"FAILURE.json"} if sentence == "1 usable quotes" else set())  # the only one whose run is known

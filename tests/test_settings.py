@@ -56,6 +56,8 @@ def test_a_prompt_with_a_comma_survives_as_json():
         ({}, {}, "train:\n  epoch: 1\n", "did you mean train.epochs"),
         ({}, {}, "- 1\n", "needed a mapping"),
         ({}, {}, "a: [", "not valid YAML"),
+        ({}, {}, "data: {files: &a [x]}\nname: *a", "has aliases"),
+        ({}, {}, "#" * 1_100_000, "needed a YAML file of at most"),
         ({}, {"train.epochs": "-1"}, None, r"train.epochs is '-1' \(flag --train.epochs\)"),
         ({}, {"train.epochs": "nan"}, None, "train.epochs is 'nan'"),
         ({}, {"sparsity.ratio": "1.5"}, None, "sparsity.ratio is '1.5'"),

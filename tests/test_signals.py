@@ -1,6 +1,10 @@
-"""Stopping a real run, as docker stop, Kubernetes and Ctrl-C do."""
+"""Stopping a process, as docker stop, Kubernetes and Ctrl-C do: scripts that do one thing each, the command line at
+many moments, then whole runs."""
 
 import os
+import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,16 +14,298 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.test_job import QUOTES, write_bucket
-
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def start(toy_gpt2, folder):
+STOPS = [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
+HEAD = """
+import hashlib, os, signal, subprocess, sys, threading, time
+from pipeline import child, groups, signals
+signals.handle()
+signals.state.grace_seconds = 0.8
+say = lambda text: print(text, flush=True)
+"""
+
+
+@pytest.fixture
+def script():
+    """Starts Python code after HEAD; what it leaves running is killed."""
+    started = []
+
+    def run(code, *before):
+        command = [*before, sys.executable, "-c", HEAD + code]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        started.append(subprocess.Popen(command, cwd=ROOT, text=True, **pipes))
+        return started[-1]
+
+    yield run
+    for each in started:
+        each.kill()
+        each.communicate()
+
+
+def stopped(process, *numbers, says="ready"):
+    """(code, stdout, stderr, seconds) after it said it was ready and got the signals."""
+    assert process.stdout.readline() == f"{says}\n", process.stderr.read()
+    time.sleep(0.1)
+    begun = time.monotonic()
+    for number in numbers:
+        process.send_signal(number)
+        time.sleep(0.1)
+    said = process.communicate(timeout=30)
+    return process.returncode, *said, time.monotonic() - begun
+
+
+UNWINDS = """
+def work():
+    with signals.unwinding():
+        try:
+            say("ready"); time.sleep(60)
+        finally:
+            say("cleaned up")
+import entrypoint
+signals.leave(entrypoint.exit_code_of(work))
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), STOPS)
+def test_a_first_signal_unwinds_the_work_and_says_so_once(number, code, script):
+    returned, out, err, _ = stopped(script(UNWINDS), number)
+    assert (returned, out) == (code, "cleaned up\n")
+    assert err.count("stopped by") == 1 and number.name in err
+
+
+@pytest.mark.parametrize(("number", "code"), STOPS)
+def test_an_error_that_a_signal_became_on_its_way_is_still_the_signal(number, code, script):
+    swallowed = UNWINDS.replace('say("cleaned up")', "raise RuntimeError('a library of C')")
+    returned, _, err, _ = stopped(script(swallowed), number)
+    assert returned == code and "Traceback" not in err and number.name in err
+
+
+STARTS = """
+def work():
+    with signals.unwinding():
+        end = time.monotonic() + 60
+        say("ready")
+        while time.monotonic() < end:
+            with child.started(["sleep", "600"], stdout=subprocess.DEVNULL):
+                pass
+import entrypoint
+code = entrypoint.exit_code_of(work)
+children = subprocess.run(["ps", "--ppid", str(os.getpid()), "-o", "comm="], capture_output=True, text=True).stdout
+say(children.split())
+signals.leave(code)
+"""
+
+
+@pytest.mark.skipif(not shutil.which("ps"), reason="needs ps")
+def test_a_signal_while_a_program_is_started_or_ended_leaves_none_behind(script):
+    chance = random.Random(0)
+    for number, code in STOPS * 4:
+        process = script(STARTS)
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(chance.uniform(0.05, 0.1))
+        process.send_signal(number)
+        out, err = process.communicate(timeout=30)
+        assert (process.returncode, out) == (code, "['ps']\n"), err
+
+
+def test_what_must_not_be_torn_is_finished_first(script):
+    whole = """
+def work():
+    with signals.unwinding():
+        with signals.untorn():
+            say("ready"); end = time.monotonic() + 0.4
+            while time.monotonic() < end: pass
+            say("whole")
+        say("too far")
+import entrypoint
+signals.leave(entrypoint.exit_code_of(work))
+"""
+    returned, out, _, _ = stopped(script(whole), signal.SIGINT)
+    assert (returned, out) == (130, "whole\n")
+
+
+HANGS = {
+    "in Python": "while True:\n try: time.sleep(60)\n except BaseException: pass",
+    "in one long call": "hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)",
+    "in cleaning up": "try: time.sleep(60)\nfinally: threading.Event().wait()",
+}
+
+
+@pytest.mark.parametrize("where", HANGS)
+@pytest.mark.parametrize(("number", "code"), STOPS)
+def test_whatever_hangs_the_process_ends_within_its_grace_period(number, code, where, script):
+    hangs = f"signals.state.unwinds = True\nsay('ready')\n{HANGS[where]}"
+    returned, _, err, seconds = stopped(script(hangs), number)
+    assert returned == code and number.name in err
+    assert 0.6 < seconds < 0.8 + 3  # a busy machine
+
+
+def test_a_second_signal_ends_it_at_once(script):
+    slow = "signals.state.grace_seconds = 60\nsignals.state.unwinds = True\nsay('ready')\n" + HANGS["in cleaning up"]
+    returned, _, _, seconds = stopped(script(slow), signal.SIGTERM, signal.SIGTERM)
+    assert returned == 143 and seconds < 5
+
+
+def test_with_nothing_to_save_the_first_signal_ends_it_at_once(script):
+    slow = "signals.state.grace_seconds = 60\nsay('ready')\n" + HANGS["in one long call"]
+    returned, _, err, seconds = stopped(script(slow), signal.SIGTERM)
+    assert returned == 143 and seconds < 5 and "SIGTERM" in err
+
+
+def test_a_signal_after_the_end_does_not_change_the_code(script):
+    late = "threading.Thread(target=time.sleep, args=(60,)).start()\nsay('ready')\nsignals.leave(3)"
+    process = script(late)
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(0.2)
+    process.terminate()
+    process.communicate(timeout=10)
+    assert process.returncode == 3
+
+
+def test_the_signals_of_a_forked_child_are_its_own(script):
+    forks = """
+signals.state.unwinds = True
+pid = os.fork()
+if not pid:
+    time.sleep(60)
+    os._exit(0)
+os.kill(pid, signal.SIGTERM)
+assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGTERM
+time.sleep(1.2)
+say("still there")
+"""
+    process = script(forks)
+    assert process.communicate(timeout=30) == ("still there\n", "") and process.returncode == 0
+
+
+FAMILY = """
+def work():
+    with signals.unwinding(), child.started(["sh", "-c", "sleep 600 & sleep 600"], stdout=subprocess.DEVNULL) as (p, _):
+        while len(os.listdir(f"/proc/{p.pid}/task")) and subprocess.run(["pgrep", "-cg", str(p.pid)],
+                capture_output=True).stdout.strip() != b"3":
+            time.sleep(0.01)
+        say(p.pid); say("ready"); HANG
+import entrypoint
+signals.leave(entrypoint.exit_code_of(work))
+"""
+needs_pgrep = pytest.mark.skipif(
+    not (Path("/proc/self").exists() and shutil.which("pgrep")), reason="needs Linux with pgrep"
+)
+
+
+@needs_pgrep
+@pytest.mark.parametrize("hang", ["p.wait()", HANGS["in one long call"]])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_children_and_what_they_started_die_with_the_process(number, hang, script):
+    process = script(FAMILY.replace("HANG", hang))
+    group = int(process.stdout.readline())
+    stopped(process, number)
+    (left,) = [set(members(group))]
+    if number == signal.SIGKILL:  # only the kernel is left to do it, and it knows the child alone
+        assert group not in left
+        os.killpg(group, signal.SIGKILL)
+    else:
+        assert not left
+
+
+def members(group):
+    """Of a process group, without those that are dead."""
+    for _ in range(100):
+        found = [each for each in psutil.process_iter(["status"]) if group_of(each.pid) == group]
+        left = [each.pid for each in found if each.info["status"] != psutil.STATUS_ZOMBIE]
+        if not left:
+            return []
+        time.sleep(0.01)
+    return left
+
+
+def group_of(pid):
+    try:
+        return os.getpgid(pid)
+    except ProcessLookupError:
+        return None
+
+
+def alone():
+    """What makes a command process 1 of a namespace of its own; None where that is not allowed."""
+    command = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    able = shutil.which("unshare") and subprocess.run([*command, "true"], capture_output=True).returncode == 0
+    return command if able else None
+
+
+@pytest.mark.parametrize(("number", "code"), STOPS)
+def test_as_process_1_it_obeys_signals_and_leaves_no_zombies(number, code, script):
+    command = alone()
+    if command is None:
+        pytest.skip("this system allows no process namespaces")
+    first = """
+assert os.getpid() == 1
+for _ in range(3):
+    child.run(["sh", "-c", "sleep 600 & true"])
+states = [open(f"/proc/{pid}/stat").read().split(")")[1].split()[0] for pid in os.listdir("/proc") if pid.isdigit()]
+assert states == ["R"] or states == ["S"], states
+"""
+    process = script(first + UNWINDS, *command)
+    assert process.stdout.readline() == "ready\n", process.stderr.read()
+    os.kill(psutil.Process(process.pid).children()[0].pid, number)
+    _, said = process.communicate(timeout=30)
+    assert number.name in said
+    assert process.returncode in (code, -number)  # unshare passes on the code
+
+
+def handles(pid, number):
+    """Whether the process has a handler for the signal."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return bool(int(re.search(r"SigCgt:\s*(\w+)", status)[1], 16) >> (number - 1) & 1)
+
+
+def command_line(*arguments, after=0.0):
+    """The command line, and a signal `after` seconds from when it handles signals; its end."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, ROOT / "entrypoint.py", *arguments], text=True, **pipes)
+    while not handles(process.pid, signal.SIGTERM):
+        assert process.poll() is None
+        time.sleep(0.001)
+    time.sleep(after)
+    return process
+
+
+@pytest.mark.parametrize(("number", "code"), STOPS)
+def test_at_any_moment_of_a_short_command_a_signal_ends_it_or_finds_it_done(number, code):
+    chance = random.Random(code)
+    for _ in range(12):
+        process = command_line("config", after=chance.uniform(0, 0.3))
+        process.send_signal(number)
+        _, said = process.communicate(timeout=30)
+        assert process.returncode in (0, code) and "Traceback" not in said, said
+        assert process.returncode == 0 or number.name in said
+
+
+def test_signals_are_handled_before_the_imports_that_take_time():
+    begun = time.monotonic()
+    process = command_line("config")
+    handled = time.monotonic() - begun
+    process.communicate(timeout=30)
+    assert handled < 0.7 * (time.monotonic() - begun)
+
+
+@pytest.mark.parametrize(("number", "after"), [(signal.SIGTERM, 0.6), (signal.SIGINT, 1.2), (signal.SIGTERM, 2.0)])
+def test_a_signal_while_torch_is_imported_ends_it_at_once(number, after, tmp_path):
+    process = command_line("run", "--output", tmp_path / "out", "--llama-cpp", "/nowhere", after=after)
+    begun = time.monotonic()
+    process.send_signal(number)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode in (128 + number, 78) and "Traceback" not in said, said
+    assert time.monotonic() - begun < 5
+
+
+def start(toy_gpt2, folder, *more):
     command = [sys.executable, "entrypoint.py", "run", "--input", f"{folder}/bucket/in", "--log-format", "text"]
     command += ["--output", f"{folder}/bucket/out", "--work-dir", f"{folder}/work", "--model.base", str(toy_gpt2)]
     command += ["--train.max-steps", "2", "--evaluate.samples", "1", "--evaluate.max-new-tokens", "8"]
-    command += ["--calibration.generated", "8", "--recover.steps", "1", "--finish.steps", "1"]
+    command += ["--calibration.generated", "8", "--recover.steps", "1", "--finish.steps", "1", *more]
     return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
@@ -49,6 +335,8 @@ def tools_of(job):
 def test_a_stopped_run_says_so_leaves_nothing_behind_and_goes_on_later(
     stage, number, code, toy_gpt2, llama_cpp, tmp_path
 ):
+    from tests.test_job import QUOTES, write_bucket
+
     write_bucket(f"{tmp_path}/bucket/in", QUOTES, tmp_path)
     job = start(toy_gpt2, tmp_path)
     wait_for(job, f"{stage}: started")

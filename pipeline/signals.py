@@ -1,0 +1,156 @@
+"""SIGTERM and SIGINT: the work unwinds, so that its state is safe. Whatever hangs in that, the process ends with 143 or
+130 before the grace period is over, and at a second signal at once; its children die with it.
+
+Imports nothing that takes time: until `handle` has run, SIGTERM kills without a word, or does nothing to process 1.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import select
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import NoReturn
+
+from pipeline import groups
+
+STOPS = (signal.SIGTERM, signal.SIGINT)
+KEPT = "a run keeps its finished stages, and the same command goes on after them"
+USABLE = 0.9  # of the grace period; then it ends hard, before the platform does that with another code
+
+
+class Stopped(BaseException):
+    """SIGTERM, on its way up through the job; SIGINT is a KeyboardInterrupt."""
+
+
+class State:
+    grace_seconds = 10.0
+    received: signal.Signals | None = None
+    unwinds = False  # there is something to save or to clean up
+    waits = False  # what runs must not be torn
+    exit_code: int | None = None  # of a command that has ended
+    handled = False
+
+
+state = State()
+
+
+def handle() -> None:
+    """From now on signals are handled as above. For the main thread of a program, not for a library."""
+    if state.handled:
+        return
+    state.handled = True
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    # A thread hears of a signal at once, also while the main thread is in a long call and runs no handler.
+    threading.Thread(target=watch, args=(reader,), name="signals", daemon=True).start()
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    for number in STOPS:
+        signal.signal(number, on_signal)  # SIGINT is ignored where a shell started this with &
+    atexit.register(ignore)  # called last, being the first
+    os.register_at_fork(before=hold, after_in_parent=let_go, after_in_child=forget)
+
+
+def ignore() -> None:
+    """For the interpreter's own end, where it would put back the handlers that kill, and the code is decided."""
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def forget() -> None:
+    """A forked child shares the pipe: its signals must not be taken for the parent's, not even the first moment's."""
+    signal.set_wakeup_fd(-1)
+    for number in STOPS:
+        signal.signal(number, signal.SIG_DFL)
+    let_go()
+
+
+def hold() -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+
+
+def let_go() -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+
+
+@contextmanager
+def unwinding() -> Iterator[None]:
+    """Within the block a first signal is an exception in the main thread; elsewhere it ends the process at once."""
+    state.unwinds = True
+    try:
+        yield
+    finally:
+        state.unwinds = False
+
+
+@contextmanager
+def untorn() -> Iterator[None]:
+    """A first signal becomes an exception only at the end of the block, which should be short."""
+    if state.waits or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before, state.waits = state.received, True
+    try:
+        yield
+    finally:
+        state.waits = False
+        if state.received != before:
+            unwind(state.received)
+
+
+def on_signal(number: int, frame: FrameType | None) -> None:
+    """Where nothing unwinds, and at a second signal, the thread ends the process within milliseconds."""
+    if state.unwinds and not state.received:
+        state.received = signal.Signals(number)
+        if not state.waits:
+            unwind(state.received)
+
+
+def unwind(number: signal.Signals | None) -> NoReturn:
+    raise KeyboardInterrupt if number == signal.SIGINT else Stopped
+
+
+def watch(reader: int) -> None:
+    number = next_stop(reader, None)
+    if number and (state.unwinds or state.received):
+        next_stop(reader, USABLE * state.grace_seconds)
+    if number:
+        end(number)
+
+
+def next_stop(reader: int, seconds: float | None) -> signal.Signals | None:
+    """The next of these signals; None if none comes in time. Others that the program handles are passed over."""
+    while select.select([reader], [], [], seconds)[0]:
+        if (byte := os.read(reader, 1)[0]) in STOPS:
+            return signal.Signals(byte)
+    return None
+
+
+def end(number: signal.Signals) -> NoReturn:
+    """At once, with nothing to save or after the time for it."""
+    groups.kill_all()
+    if state.exit_code is not None:
+        os._exit(state.exit_code)
+    with suppress(OSError):
+        os.write(2, f"{sentence(state.received or number)}\n".encode())
+    os._exit(128 + (state.received or number))
+
+
+def sentence(number: signal.Signals) -> str:
+    return f"stopped by {number.name}; {KEPT}"
+
+
+def leave(code: int) -> NoReturn:
+    """End the process with `code`, also if a signal comes meanwhile or a library hangs after one."""
+    state.exit_code = code
+    if state.received:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
