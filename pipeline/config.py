@@ -244,7 +244,7 @@ class FinishConfig(Section):
         5e-5,
         gt=0,
         le=1,
-        description="The highest learning rate of the schedule; norms and biases get 10 times that, codes 100 times, "
+        description="The highest learning rate of the schedule; norms and biases get 30 times that, codes 100 times, "
         "scales 10 times.",
     )
     patience: int = Field(3, ge=1, description="Stop after this many validations without a lower loss.")

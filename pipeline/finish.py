@@ -41,8 +41,9 @@ from pipeline.matrices import block_matrices, ids_of_embeddings, weight_of
 log = logging.getLogger(__name__)
 
 # Times the learning rate. Every token moves a norm or a bias, so they bear larger steps than matrices do; a place lies
-# in a cell one wide, where a weight is about a tenth of that; a gain is relative to its scale.
-VECTOR_RATE = 10.0
+# in a cell one wide, where a weight is about a tenth of that; a gain is relative to its scale. Measured on SmolLM2, in
+# nats a token after 16 steps: vectors alone at 10 give 0.738, with gains at 3 0.717, at 10 0.693; vectors at 30 0.686.
+VECTOR_RATE = 30.0
 PLACE_RATE = 100.0
 GAIN_RATE = 10.0
 

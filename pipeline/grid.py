@@ -19,7 +19,10 @@ from transformers.pytorch_utils import Conv1D
 from pipeline.kquant_fit import ZERO_RATIO, half, over
 from pipeline.kquants import BLOCK, GROUP, KTYPES, KQuant, per_group
 
-CELL = 0.45  # how far from its code a weight may start, of the 0.5 at which it is another code's
+# How far from its code a weight may start, of the 0.5 at which it is another code's. Small, so that it takes many steps
+# of one mind to change a code: from 0.45 codes flip by the noise of a few batches, and those first that the encoder had
+# rounded the other way to make up for others. Measured on SmolLM2, 16 steps: a KL of 0.79 nats a token, without 0.69.
+CELL = 0.1
 
 
 class RoundToGrid(Function):

@@ -31,6 +31,14 @@ SEQUENCES = [[50256, *range(n, n + 10), 50256] for n in range(100, 900, 80)]
 CFG = FinishConfig(steps=4, batch_tokens=64, learning_rate=3e-4, precision="fp32")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def codes_that_change_within_four_steps():
+    """They start near the next one; from where they really start it takes dozens of steps of one mind."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.grid.CELL", 0.45)
+        yield
+
+
 on_gpt2 = pytest.mark.parametrize("tuned", ["toy_gpt2"], indirect=True, scope="module")
 on_both = pytest.mark.parametrize("tuned", ["toy_gpt2", "wide_llama"], indirect=True, scope="module")
 

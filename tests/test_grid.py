@@ -6,7 +6,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.gptq import encode
-from pipeline.grid import Grid, put_on_grid, take_off_grid
+from pipeline.grid import CELL, Grid, put_on_grid, take_off_grid
 from pipeline.kquants import KTYPES, KQuant, pack, unpack
 from pipeline.matrices import weight_of
 
@@ -125,11 +125,11 @@ def test_each_weight_starts_where_it_was_before_rounding_but_in_its_codes_cell(k
     k, grid = grid_of(kind)
     with torch.no_grad():
         code = k.codes.reshape(ROWS, -1, 16).float() - KTYPES[kind].zero_code
-        assert ((grid.place - code).abs() <= 0.4501).all()
+        assert ((grid.place - code).abs() <= CELL + 1e-4).all()
         step, minimum = grid.steps(*grid.blocks())
-        inside = ((grid.place - code).abs() < 0.449) & (step != 0)
+        inside = ((grid.place - code).abs() < CELL - 1e-3) & (step != 0)
         assert torch.allclose((grid.place * step - minimum)[inside], weight.reshape(code.shape)[inside], atol=1e-6)
-    assert inside.float().mean() > 0.5
+    assert inside.float().mean() > 0.1
 
 
 def test_a_matrix_of_zeros_stays_zero():
