@@ -184,8 +184,8 @@ class SparsityConfig(Section):
 class RecoverConfig(Section):
     """Training the weights that pruning left, the mask fixed, to predict what the tuned model predicts."""
 
-    steps: int = Field(60, ge=0, description="Optimizer steps; 0: no recovery.")
-    batch_tokens: int = Field(1024, ge=32, description="Tokens a step at most.")
+    steps: int = Field(120, ge=0, description="Optimizer steps; 0: no recovery.")
+    batch_tokens: int = Field(512, ge=32, description="Tokens a step at most; more small steps do more.")
     learning_rate: float = Field(1e-4, gt=0, le=1, description="The highest learning rate of the schedule.")
     features: float = Field(
         0.0, ge=0, description="Weight of the difference in the blocks' outputs, beside that in the predictions."
@@ -233,13 +233,13 @@ class QuantizeConfig(Section):
 class FinishConfig(Section):
     """Training the quantized file to predict what the tuned model predicts, on its exact grid."""
 
-    steps: int = Field(60, ge=0, description="Optimizer steps; 0: the file stays as it was quantized.")
+    steps: int = Field(120, ge=0, description="Optimizer steps; 0: the file stays as it was quantized.")
     train: Literal["all", "vectors"] = Field(
         "all",
         description="vectors: what the file keeps in F32 (biases, norms, positions). all: also the rounding and the "
         "scales of the matrices.",
     )
-    batch_tokens: int = Field(1024, ge=32, description="Tokens a step at most.")
+    batch_tokens: int = Field(512, ge=32, description="Tokens a step at most; more small steps do more.")
     learning_rate: float = Field(
         5e-5,
         gt=0,
