@@ -14,6 +14,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from pipeline import logs, metrics  # noqa: E402
 from pipeline.base_model import obtain  # noqa: E402
 from pipeline.config import ModelConfig  # noqa: E402
 from pipeline.device import choose_device  # noqa: E402
-from pipeline.report import interval, size, table  # noqa: E402
+from pipeline.report import interval, size  # noqa: E402
 
 
 def prose_rows(work: Path) -> list[dict[str, Any]]:
@@ -56,9 +57,9 @@ def show_prose(rows: list[dict[str, Any]]) -> None:
         for row in rows
     ]
     click.echo("\nSmolLM2-135M, general prose; perplexity against dense (95%)")
-    click.echo(table(("step", "ratio (95%)", "perplexity (95%)", "zeros", "seconds", "GiB"), body))
+    click.echo(markdown(("step", "ratio (95%)", "perplexity (95%)", "zeros", "seconds", "GiB"), body))
     points = [[f"{minutes:.1f}", step, f"{kl:.4f}"] for minutes, step, kl in minutes_and_losses(rows)]
-    click.echo("\n" + table(("minutes", "step", "validation KL, nats a token"), points))
+    click.echo("\n" + markdown(("minutes", "step", "validation KL, nats a token"), points))
 
 
 def show_chain(rows: list[dict[str, Any]]) -> None:
@@ -71,11 +72,17 @@ def show_chain(rows: list[dict[str, Any]]) -> None:
             f"{row['zeros']:.3f}",
             size(row["size_bytes"]),
             f"{sum(row['seconds'].values()):.0f}",
+            f"{row['peak_memory_bytes'] / 1024**3:.1f}",
         ]
         for row in rows
     ]
     click.echo(f"\nGPT-2 tuned on quotes, {rows[0]['tokens']} held-out tokens; perplexity against tuned (95%)")
-    click.echo(table(("way", "ratio (95%)", "perplexity (95%)", "KL", "zeros", "size", "seconds"), body))
+    click.echo(markdown(("way", "ratio (95%)", "perplexity (95%)", "KL", "zeros", "size", "seconds", "GiB"), body))
+
+
+def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table as the README has it."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (headings, ["---"] * len(headings), *rows))
 
 
 @click.command()
