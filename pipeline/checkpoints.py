@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+from pipeline import signals
 from pipeline.child import LEAST_FREE_BYTES
 from pipeline.config import ResumeConfig
 from pipeline.mirror import Mirror, tolerated
@@ -46,32 +47,25 @@ class Checkpoints:
     def at(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
 
+    @property
+    def wanted(self) -> bool:
+        return bool(self.cfg.minutes or self.cfg.steps)
+
     def due(self, step: int) -> bool:
         by_steps = self.cfg.steps and step % self.cfg.steps == 0
-        return bool(by_steps or (self.cfg.minutes and time.monotonic() - self.saved_at >= 60 * self.cfg.minutes))
+        by_time = self.cfg.minutes and time.monotonic() - self.saved_at >= 60 * self.cfg.minutes
+        return bool(by_steps or by_time or (self.wanted and signals.is_stopping()))
 
     def save(self, step: int, write: Callable[[Path], object]) -> None:
         """The state that `write` puts into an empty folder becomes the newest checkpoint; the third newest goes.
 
-        Where the disk has no room for it, the work goes on without: a checkpoint is worth less than the result.
+        Where the disk has no room for it, the work goes on without: a checkpoint is worth less than the result. When
+        the process is to stop, it does that here, as soon as the checkpoint is copied too.
         """
-        self.saved_at = time.monotonic()
-        try:
-            size = self._write(step, write)
-        except Exception as e:  # safetensors and torch have errors of their own for a full disk
-            if not is_full(self.folder, e):
-                raise
-            log.warning("%s: no room on the disk for a checkpoint at step %d (%s)", self._stage(), step, e)
-            return
-        finally:
-            clear_up(self.folder)
-        self._wait()  # for the copy of the one before: it must still be there
-        for old in superseded([path.name for path in self._local()], self.at(step).name):
-            shutil.rmtree(self.folder / old)
-        log.info("%s: checkpoint at step %d, %.1f MB", self._stage(), step, size / 1e6)
-        if self.mirror:
-            self.copying = threading.Thread(target=self._copy, args=(self.mirror, self.at(step)), daemon=True)
-            self.copying.start()
+        self._save(step, write)
+        if signals.is_stopping():
+            self._wait()
+            signals.stop()
 
     def newest(self) -> Path | None:
         """The newest whole checkpoint, brought from the bucket if it is not here; those that are torn are passed over.
@@ -93,6 +87,25 @@ class Checkpoints:
         if self.mirror:
             with tolerated(f"{self.name} is not removed from the output"):
                 self.mirror.remove(self.name)
+
+    def _save(self, step: int, write: Callable[[Path], object]) -> None:
+        self.saved_at = time.monotonic()
+        try:
+            size = self._write(step, write)
+        except Exception as e:  # safetensors and torch have errors of their own for a full disk
+            if not is_full(self.folder, e):
+                raise
+            log.warning("%s: no room on the disk for a checkpoint at step %d (%s)", self._stage(), step, e)
+            return
+        finally:
+            clear_up(self.folder)
+        self._wait()  # for the copy of the one before: it must still be there
+        for old in superseded([path.name for path in self._local()], self.at(step).name):
+            shutil.rmtree(self.folder / old)
+        log.info("%s: checkpoint at step %d, %.1f MB", self._stage(), step, size / 1e6)
+        if self.mirror:
+            self.copying = threading.Thread(target=self._copy, args=(self.mirror, self.at(step)), daemon=True)
+            self.copying.start()
 
     def _write(self, step: int, write: Callable[[Path], object]) -> int:
         """How many bytes it has."""

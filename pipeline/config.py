@@ -306,7 +306,12 @@ class ResumeConfig(Section):
         description="Minutes between two checkpoints within training, recovery and finishing; 0: none by time. Two are "
         "kept, each about 12 bytes a trained parameter.",
     )
-    steps: int = Field(0, ge=0, description="A checkpoint every so many optimizer steps, too; 0: none by steps.")
+    steps: int = Field(
+        0,
+        ge=0,
+        description="A checkpoint every so many optimizer steps, too; 0: none by steps. With neither there is none at "
+        "a signal.",
+    )
     upload: Literal["auto", "always", "never"] = Field(
         "auto",
         description="Copy checkpoints and finished stages to the output, for a restart on an empty disk. auto: if the "

@@ -1,5 +1,5 @@
-"""SIGTERM and SIGINT: the work unwinds, so that its state is safe. Whatever hangs in that, the process ends with 143 or
-130 before the grace period is over, and at a second signal at once; its children die with it.
+"""SIGTERM and SIGINT: the work saves itself where it is `patient`, then unwinds. Whatever hangs in that, the process
+ends with 143 or 130 before the grace period is over, and at a second signal at once; its children die with it.
 
 Imports nothing that takes time: until `handle` has run, SIGTERM kills without a word, or does nothing to process 1.
 """
@@ -12,6 +12,7 @@ import select
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -20,8 +21,9 @@ from typing import NoReturn
 from pipeline import groups
 
 STOPS = (signal.SIGTERM, signal.SIGINT)
-KEPT = "a run keeps its finished stages, and the same command goes on after them"
+KEPT = "a run keeps its finished stages and its checkpoints, and the same command goes on after them"
 USABLE = 0.9  # of the grace period; then it ends hard, before the platform does that with another code
+SAVING = 0.7  # of the grace period, for what is to be saved; the rest is for unwinding, which gives the lease back
 
 
 class Stopped(BaseException):
@@ -33,6 +35,8 @@ class State:
     received: signal.Signals | None = None
     unwinds = False  # there is something to save or to clean up
     waits = False  # what runs must not be torn
+    saves = False  # what runs looks at `is_stopping` from time to time
+    owed = False  # the signal is an exception, or becomes one where nothing must be torn
     exit_code: int | None = None  # of a command that has ended
     handled = False
 
@@ -52,6 +56,7 @@ def handle() -> None:
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     for number in STOPS:
         signal.signal(number, on_signal)  # SIGINT is ignored where a shell started this with &
+    signal.signal(signal.SIGALRM, lambda *_: stop())
     atexit.register(ignore)  # called last, being the first
     os.register_at_fork(before=hold, after_in_parent=let_go, after_in_child=forget)
 
@@ -94,25 +99,48 @@ def untorn() -> Iterator[None]:
     if state.waits or threading.current_thread() is not threading.main_thread():
         yield
         return
-    before, state.waits = state.received, True
+    before, state.waits = state.owed, True
     try:
         yield
     finally:
         state.waits = False
-        if state.received != before:
-            unwind(state.received)
+        if state.owed != before:
+            stop()
+
+
+@contextmanager
+def patient() -> Iterator[None]:
+    """A first signal becomes an exception at the end of the block, or when the time for saving is over; the work within
+    asks `is_stopping` at every point that it can go on from, saves that, and calls `stop`."""
+    state.saves = True
+    try:
+        yield
+    finally:
+        state.saves = False
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    if is_stopping():
+        stop()
+
+
+def is_stopping() -> bool:
+    return state.received is not None
 
 
 def on_signal(number: int, frame: FrameType | None) -> None:
     """Where nothing unwinds, and at a second signal, the thread ends the process within milliseconds."""
     if state.unwinds and not state.received:
         state.received = signal.Signals(number)
-        if not state.waits:
-            unwind(state.received)
+        if state.saves:
+            signal.setitimer(signal.ITIMER_REAL, SAVING * state.grace_seconds)
+        else:
+            stop()
 
 
-def unwind(number: signal.Signals | None) -> NoReturn:
-    raise KeyboardInterrupt if number == signal.SIGINT else Stopped
+def stop() -> None:
+    """The signal becomes an exception: now, or at the end of what must not be torn."""
+    state.owed = True
+    if not state.waits:
+        raise KeyboardInterrupt if state.received == signal.SIGINT else Stopped
 
 
 def watch(reader: int) -> None:
@@ -125,7 +153,8 @@ def watch(reader: int) -> None:
 
 def next_stop(reader: int, seconds: float | None) -> signal.Signals | None:
     """The next of these signals; None if none comes in time. Others that the program handles are passed over."""
-    while select.select([reader], [], [], seconds)[0]:
+    until = None if seconds is None else time.monotonic() + seconds
+    while select.select([reader], [], [], until and max(0.0, until - time.monotonic()))[0]:
         if (byte := os.read(reader, 1)[0]) in STOPS:
             return signal.Signals(byte)
     return None

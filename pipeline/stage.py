@@ -12,6 +12,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from pydantic import BaseModel, TypeAdapter
 
+from pipeline import signals
 from pipeline.artifacts import Facts
 from pipeline.checkpoints import Checkpoints
 from pipeline.config import ResumeConfig
@@ -96,10 +98,11 @@ class Stages:
             out.mkdir(parents=True)
             log.info("%s: started", name)
             given = {"checkpoints": checkpoints} if "checkpoints" in inspect.signature(stage).parameters else {}
-            with Meter() as meter:
-                artifact = stage(*inputs, **context, **given, out=out)
-            record = StageRecord(name, fingerprint, meter.seconds, meter.peak_bytes, meter.peak_gpu_bytes, False)
-            write_marker(out, artifact, kind, record)
+            with signals.patient() if given and checkpoints.wanted else nullcontext():
+                with Meter() as meter:
+                    artifact = stage(*inputs, **context, **given, out=out)
+                record = StageRecord(name, fingerprint, meter.seconds, meter.peak_bytes, meter.peak_gpu_bytes, False)
+                write_marker(out, artifact, kind, record)
             gib = record.peak_memory_bytes / 1024**3
             log.info("%s: done in %.1f s, peak memory %.2f GiB", name, record.seconds, gib)
         self._copy(place)

@@ -1,10 +1,12 @@
 import logging
+import signal
 import threading
 from types import SimpleNamespace
 
 import pytest
 
 from pipeline import checkpoints as module
+from pipeline import signals
 from pipeline.checkpoints import Checkpoints, step_of
 from pipeline.config import ResumeConfig
 from pipeline.errors import ServiceUnavailable
@@ -62,6 +64,27 @@ def test_one_is_due_after_so_many_minutes_since_the_last(tmp_path, monkeypatch):
     assert [due_at(seconds) for seconds in (60, 119, 120, 200)] == [False, False, True, True] and not never.due(1)
     save(checkpoints, 1)
     assert [due_at(seconds) for seconds in (300, 319, 320)] == [False, False, True]
+
+
+def test_a_process_that_is_to_stop_saves_and_copies_once_more_and_then_stops(tmp_path, mirror, monkeypatch):
+    seldom = ResumeConfig(minutes=5)
+    checkpoints, never = at(tmp_path / "disk", mirror, seldom), at(tmp_path / "none", cfg=ResumeConfig(minutes=0))
+    assert not checkpoints.due(1)
+    monkeypatch.setattr(signals.state, "received", signal.SIGTERM)
+    assert checkpoints.due(1) and not never.due(1)
+    with pytest.raises(signals.Stopped):
+        save(checkpoints, 1)
+    assert step_of(at(tmp_path / "elsewhere", mirror, seldom).newest()) == 1
+
+
+def test_a_process_that_is_to_stop_stops_also_where_there_is_no_room(tmp_path, monkeypatch):
+    monkeypatch.setattr(signals.state, "received", signal.SIGINT)
+
+    def full(folder):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(KeyboardInterrupt):
+        at(tmp_path).save(1, full)
 
 
 @pytest.mark.parametrize("damage", ["altered", "no marker", "torn marker", "gone", "other versions"])

@@ -1,4 +1,5 @@
 import copy
+import signal
 from dataclasses import replace
 
 import pytest
@@ -6,6 +7,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from pipeline import distill as module
+from pipeline import signals
 from pipeline.checkpoints import Checkpoints
 from pipeline.config import ResumeConfig
 from pipeline.distill import Group, Recipe, distill, divergence, endless, rate_at, validate
@@ -229,6 +231,17 @@ def die_after(step, patch):
     patch.setattr(module, "require_finite", dies)
 
 
+def stop_in(step, patch):
+    """A signal in the middle of a step, to a process that is patient."""
+    patch.setattr(signals.state, "received", None)
+
+    def signalled(loss, what, at, recipe):
+        if at == step:
+            signals.state.received = signal.SIGTERM
+
+    patch.setattr(module, "require_finite", signalled)
+
+
 def kept(folder, steps=1):
     return Checkpoints(folder, ResumeConfig(steps=steps, minutes=0))
 
@@ -261,6 +274,29 @@ def test_a_run_that_died_after_any_step_ends_in_the_same_bits(steps, patience, t
             found["comparable"] = [(point["step"], point["validation_kl"]) for point in found["curve"]]
         timed = ("curve", "resumed")
         assert {k: v for k, v in facts.items() if k not in timed} == {k: v for k, v in again.items() if k not in timed}
+
+
+@pytest.mark.parametrize("patience", [1, 9])
+def test_a_run_that_is_stopped_in_any_step_loses_none_and_ends_in_the_same_bits(patience, tmp_path):
+    teacher = gpt2()
+    recipe = replace(RECIPE, patience=patience, learning_rate=2e-2)
+
+    def trained(checkpoints=None):
+        student = damaged(teacher)
+        groups = [Group(list(student.transformer.h.parameters()))]
+        given = {"what": "test", "checkpoints": checkpoints}
+        return distill(student, teacher, TRAIN, VALIDATION, groups, recipe, **given), student.state_dict()
+
+    facts, weights = trained()
+    for step in range(1, facts["steps"]):
+        seldom = Checkpoints(tmp_path / str(step), ResumeConfig(minutes=60))
+        with pytest.MonkeyPatch.context() as patch:
+            stop_in(step, patch)
+            with pytest.raises(signals.Stopped):
+                trained(seldom)
+        again, same = trained(seldom)
+        assert again["resumed"] == step and again["loss_history"] == facts["loss_history"]
+        assert all(torch.equal(weights[name], same[name]) for name in weights), step
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible")

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from pipeline import finetune as module
+from pipeline import signals
 from pipeline.artifacts import Checkpoint, TokenDataset
 from pipeline.checkpoints import Checkpoints
 from pipeline.collate import collate
@@ -273,6 +274,21 @@ def test_training_that_died_before_any_step_ends_in_the_same_weights_to_the_bit(
             assert again.sha256 == whole.sha256, (steps, before)
             for same in ("loss_history", "heldout_loss", "steps", "epochs"):
                 assert again.facts[same] == whole.facts[same], (same, steps, before)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_training_that_is_stopped_loses_no_step(method, base, tokens, tmp_path):
+    whole = tune(base, tokens, tmp_path / "whole", method=method, **SHORT)
+    for step in (1, 2, 5):
+        seldom = Checkpoints(tmp_path / f"kept-{step}", ResumeConfig(minutes=60))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(signals.state, "received", None)
+            die_before(step, patch, lambda: setattr(signals.state, "received", signal.SIGTERM))
+            with pytest.raises(signals.Stopped):
+                tune(base, tokens, tmp_path / "out", method=method, checkpoints=seldom, **SHORT)
+        again = tune(base, tokens, tmp_path / f"again-{step}", method=method, checkpoints=seldom, **SHORT)
+        assert again.facts["resumed"] == step and again.sha256 == whole.sha256
+        assert again.facts["heldout_loss"] == whole.facts["heldout_loss"]
 
 
 KILLED_TRAINING = """

@@ -8,11 +8,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import psutil
 import pytest
+
+from pipeline import signals
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -124,6 +127,62 @@ signals.leave(entrypoint.exit_code_of(work))
 """
     returned, out, _, _ = stopped(script(whole), signal.SIGINT)
     assert (returned, out) == (130, "whole\n")
+
+
+PATIENT = """
+def work():
+    with signals.unwinding():
+        try:
+            with signals.patient():
+                say("ready")
+                WORK
+            say("too far")
+        finally:
+            say("cleaned up")
+import entrypoint
+signals.leave(entrypoint.exit_code_of(work))
+"""
+SAVES = {
+    "where it can": "while not signals.is_stopping(): time.sleep(0.01)\n                say('saved'); signals.stop()",
+    "by being done": "time.sleep(0.4); say('saved')",
+}
+
+
+@pytest.mark.parametrize("how", SAVES)
+@pytest.mark.parametrize(("number", "code"), STOPS)
+def test_patient_work_saves_itself_before_a_first_signal_unwinds_it(number, code, how, script):
+    returned, out, err, _ = stopped(script(PATIENT.replace("WORK", SAVES[how])), number)
+    assert (returned, out) == (code, "saved\ncleaned up\n") and number.name in err
+
+
+LONG = {
+    "a step": "hashlib.pbkdf2_hmac('sha256', b'', b'', 100); time.sleep(60)",
+    "a copy": "copy = threading.Thread(target=time.sleep, args=(60,), daemon=True); copy.start(); copy.join()",
+}
+
+
+@pytest.mark.parametrize("what", LONG)
+def test_saving_that_takes_too_long_leaves_time_to_clean_up(what, script):
+    long = "signals.state.grace_seconds = 4\n" + PATIENT.replace("WORK", LONG[what])
+    returned, out, _, seconds = stopped(script(long), signal.SIGTERM)
+    assert (returned, out) == (143, "cleaned up\n") and 2 < seconds < 4
+
+
+def test_a_second_signal_ends_patient_work_at_once(script):
+    slow = "signals.state.grace_seconds = 60\n" + PATIENT.replace("WORK", LONG["a step"])
+    returned, out, _, seconds = stopped(script(slow), signal.SIGTERM, signal.SIGTERM)
+    assert (returned, out) == (143, "") and seconds < 5
+
+
+def test_other_signals_do_not_put_off_the_end():
+    reader, writer = os.pipe()
+    for after in (0.1, 0.2, 0.3, 0.4):
+        threading.Timer(after, os.write, (writer, bytes([signal.SIGALRM]))).start()
+    begun = time.monotonic()
+    assert signals.next_stop(reader, 0.3) is None
+    assert time.monotonic() - begun < 0.39
+    os.write(writer, bytes([signal.SIGALRM, signal.SIGTERM]))
+    assert signals.next_stop(reader, 5) == signal.SIGTERM
 
 
 HANGS = {
@@ -352,4 +411,5 @@ def test_a_stopped_run_says_so_leaves_nothing_behind_and_goes_on_later(
     _, said = again.communicate(timeout=120)
     assert again.returncode == 0, said
     assert "tokenize: already done" in said
+    assert ("finetune: goes on from its checkpoint at step 1" in said) == (stage == "finetune")
     assert (tmp_path / "bucket" / "out" / "gpt2-ye-trump-Q2_K.gguf").exists()

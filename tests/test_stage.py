@@ -1,10 +1,11 @@
+import signal
 import threading
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from pipeline import stage
+from pipeline import signals, stage
 from pipeline.artifacts import Checkpoint, sha256_of
 from pipeline.checkpoints import Checkpoints, step_of
 from pipeline.config import ResumeConfig, SparsityConfig
@@ -221,6 +222,29 @@ def test_a_stage_that_was_killed_goes_on_from_its_checkpoint_and_leaves_none(giv
         path.parent.parent.name for path in (tmp_path / "bucket").rglob(MARKER)
     ]
     assert [path.parent.name for path in (tmp_path / "bucket").rglob(MARKER)] == ["result"]
+
+
+@pytest.mark.parametrize(("minutes", "done"), [(5, True), (0, False)])
+def test_a_stage_that_a_signal_finds_nearly_done_is_finished_before_the_end(
+    minutes, done, given, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(signals.state, "unwinds", True)
+    monkeypatch.setattr(signals.state, "received", None)
+    monkeypatch.setattr(signals.state, "owed", False)
+
+    def quick(checkpoint: Checkpoint, *, checkpoints: Checkpoints, out: Path) -> Checkpoint:
+        ran.append(1)
+        if len(ran) == 1:
+            signals.on_signal(signal.SIGTERM, None)
+        (out / "model.safetensors").write_bytes(b"weights")
+        return Checkpoint(out, "abc")
+
+    stages = Stages(tmp_path, ResumeConfig(minutes=minutes))
+    with pytest.raises(signals.Stopped):
+        stages.run(quick, given[0])
+    monkeypatch.setattr(signals.state, "received", None)
+    stages.run(quick, given[0])
+    assert len(ran) == (1 if done else 2)
 
 
 def test_older_folders_make_room_for_a_stage_that_needs_it_but_not_those_of_this_job(given, tmp_path):
