@@ -52,6 +52,16 @@ class Claim:
         if self.lease:
             self.lease.confirm()
 
+    def require_held(self) -> None:
+        """Before writing what another start could go on from: raises if the run is not surely this process's."""
+        if self.lease and not self.lease.is_held:
+            self.lease.confirm()
+
+    def require_not_overtaken(self) -> None:
+        """Before work of minutes: raises `TryLater` if another start does the run now. Asks nobody."""
+        if self.lease and self.lease.overtaken:
+            self.lease.confirm()
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:

@@ -77,7 +77,7 @@ def walk(resolved: Resolved, claim: Claim) -> Outcome:
     source = base_model.resolve(cfg.model)
     text = calibration_text(stages, cfg)
     run_id = run_id_of(cfg, corpus, text, source, tools.version)
-    stages.belong_to(cfg.output, run_id)
+    stages.belong_to(cfg.output, run_id, claim)
     if release := find_release(cfg.output, run_id) or claim.run(run_id, tools.version):
         stages.forget()
         return already_there(release, cfg)

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
+from typing import Protocol
 
 from pipeline.errors import InputMissing, QuotesmithError
 from pipeline.manifest import describe
@@ -20,14 +21,25 @@ from pipeline.storage.local import TEMPORARY, sync
 log = logging.getLogger(__name__)
 
 
+class Owner(Protocol):
+    """What a start holds of its run; another one that has taken it over goes on from the copies."""
+
+    def require_held(self) -> None:
+        """Raises if the run is not surely this process's."""
+
+    def require_not_overtaken(self) -> None:
+        """Raises `TryLater` if it is surely another's. Asks nobody."""
+
+
 class Mirror:
     """Each folder lies under a name of its own: the files by their hashes, then COMMIT.json.
 
-    A copy whose marker is missing does not exist. Methods raise the errors of `storage.Store`.
+    A copy whose marker is missing does not exist. Methods raise the errors of `storage.Store`, and those that write
+    also what the `owner` of the run raises.
     """
 
-    def __init__(self, output: str, run_id: str) -> None:
-        self.store = open_store(output)
+    def __init__(self, output: str, run_id: str, owner: Owner | None = None) -> None:
+        self.store, self.owner = open_store(output), owner
         self.root = f"runs/{run_id}/checkpoints"
 
     def save(self, folder: Path, name: str) -> None:
@@ -37,7 +49,9 @@ class Mirror:
             raise InputMissing(f"{folder} is not whole, so it is not copied to {self.store.uri}; run again")
         for file in sealed.files:
             described = describe(file, folder / file)
+            self._require_held()
             put_object(self.store, self._object(name, described.sha256), folder / file, described)
+        self._require_held()
         self.store.put(self._marker(name), folder / MARKER)
 
     def fetch(self, name: str, to: Path, allowed: Sequence[str]) -> bool:
@@ -78,8 +92,13 @@ class Mirror:
     def remove(self, prefix: str = "") -> None:
         """Every folder at or below `prefix`; the markers first, so that none stands for files that are gone."""
         names = [name for name, _ in self.store.list(self._below(prefix))]
+        self._require_held()
         for name in sorted(names, key=lambda name: not name.endswith(MARKER)):
             self.store.remove(name)
+
+    def _require_held(self) -> None:
+        if self.owner:
+            self.owner.require_held()
 
     def _fill(self, folder: Path, name: str, sealed: Seal, allowed: Sequence[str]) -> None:
         folder.mkdir(parents=True)

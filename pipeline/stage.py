@@ -25,7 +25,7 @@ from pipeline.artifacts import Facts
 from pipeline.checkpoints import Checkpoints
 from pipeline.config import ResumeConfig
 from pipeline.meter import Meter
-from pipeline.mirror import Mirror, tolerated
+from pipeline.mirror import Mirror, Owner, tolerated
 from pipeline.sealed import opened, seal
 from pipeline.storage import scheme_of
 from pipeline.work_cache import make_room, touch
@@ -59,16 +59,18 @@ class Stages:
     def __init__(self, work_dir: Path, resume: ResumeConfig | None = None) -> None:
         self.work_dir = work_dir
         self.resume = resume or ResumeConfig()
+        self.owner: Owner | None = None
         self.mirror: Mirror | None = None
         self.needs: dict[str, int] = {}  # bytes on the disk, by stage
         self.used: list[str] = []
         self.records: list[StageRecord] = []
         self.facts: dict[str, Facts] = {}  # stage to what its artifact says was measured
 
-    def belong_to(self, output: str, run_id: str) -> None:
+    def belong_to(self, output: str, run_id: str, owner: Owner | None = None) -> None:
         """From now on what is done is copied to the run's place in `output`, and taken from there if it is not here."""
+        self.owner = owner
         if self.resume.upload == "always" or (self.resume.upload == "auto" and scheme_of(output) not in ("", "file")):
-            self.mirror = Mirror(output, run_id)
+            self.mirror = Mirror(output, run_id, owner)
 
     def forget(self) -> None:
         """For when the run is released: nobody goes on from its copies, and they cost money."""
@@ -94,6 +96,8 @@ class Stages:
             touch(out)
             log.info("%s: already done (%.1f s then), skipped", name, record.seconds)
         else:
+            if self.owner:
+                self.owner.require_not_overtaken()
             shutil.rmtree(out, ignore_errors=True)
             out.mkdir(parents=True)
             log.info("%s: started", name)

@@ -6,7 +6,7 @@ import pytest
 from pipeline import bucket, retrying, sealed
 from pipeline import mirror as mirroring
 from pipeline.bucket import BucketStore
-from pipeline.errors import InputMissing, ServiceUnavailable
+from pipeline.errors import InputMissing, ServiceUnavailable, TryLater
 from pipeline.mirror import Mirror, tolerated
 from pipeline.sealed import MARKER, opened, seal
 from pipeline.storage import local, open_store
@@ -123,6 +123,32 @@ def test_whole_folders_are_listed_and_removed_by_their_prefix(output, folder):
     assert mirror.names("x") == [] and mirror.names("xy") == ["xy/step-1"]
     mirror.remove()
     assert names(output) and all(name.startswith("runs/other/") for name in names(output))
+
+
+class Owned:
+    """A run that is somebody else's once it was looked at so many times."""
+
+    def __init__(self, times):
+        self.times = times
+
+    def require_held(self):
+        self.times -= 1
+        if self.times < 0:
+            raise TryLater("it was taken over")
+
+    require_not_overtaken = require_held
+
+
+@pytest.mark.parametrize("times", [0, 1, 2])
+def test_who_loses_the_run_writes_nothing_more_of_a_copy_and_removes_none(times, folder, tmp_path):
+    output = str(tmp_path / "bucket")
+    with pytest.raises(TryLater):
+        Mirror(output, "run", Owned(times)).save(folder, "a")
+    assert len(names(output)) == times and not Mirror(output, "run").holds("a")
+    Mirror(output, "run", Owned(3)).save(folder, "a")
+    with pytest.raises(TryLater):
+        Mirror(output, "run", Owned(0)).remove("a")
+    assert Mirror(output, "run").fetch("a", tmp_path / "to", ALL)
 
 
 def test_what_a_job_can_do_without_is_said_and_no_more(caplog):

@@ -5,13 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import signals, stage
+from pipeline import process, signals, stage
 from pipeline.artifacts import Checkpoint, sha256_of
 from pipeline.checkpoints import Checkpoints, step_of
+from pipeline.claim import Claim
 from pipeline.config import ResumeConfig, SparsityConfig
-from pipeline.errors import ServiceUnavailable
+from pipeline.errors import ServiceUnavailable, TryLater
+from pipeline.lease import Lease
 from pipeline.sealed import MARKER
+from pipeline.settings import resolve
 from pipeline.stage import Stages
+from pipeline.storage import open_store
 
 ran = []
 
@@ -222,6 +226,24 @@ def test_a_stage_that_was_killed_goes_on_from_its_checkpoint_and_leaves_none(giv
         path.parent.parent.name for path in (tmp_path / "bucket").rglob(MARKER)
     ]
     assert [path.parent.name for path in (tmp_path / "bucket").rglob(MARKER)] == ["result"]
+
+
+def test_a_start_that_was_overtaken_begins_no_more_work_and_copies_nothing(given, tmp_path, bucket, monkeypatch):
+    monkeypatch.setattr(process, "identity", lambda: {"host": "another machine", "pid": 7})
+    first = Claim(resolve({"output": bucket, "lease.seconds": "2"}, {}).config)
+    first.run("run", "version")
+    stages = Stages(tmp_path / "work", ResumeConfig(upload="always"))
+    stages.belong_to(bucket, "run", first)
+    stages.run(finetune, *given, seed=1)
+    copies = set((tmp_path / "bucket").rglob("sha256/*"))
+    first.lease._ended.set()  # nothing renews it any more
+    second = Lease(open_store(bucket), "run", 2)
+    second.acquire(60)
+    stages.run(finetune, *given, seed=2)  # not told yet: it works, but its copy is refused
+    with pytest.raises(TryLater, match="taken over by"):
+        stages.run(finetune, *given, seed=3)
+    assert ran == [1, 2] and set((tmp_path / "bucket").rglob("sha256/*")) == copies
+    second.release()
 
 
 @pytest.mark.parametrize(("minutes", "done"), [(5, True), (0, False)])
