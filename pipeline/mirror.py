@@ -11,7 +11,8 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
-from pipeline.errors import InputMissing, QuotesmithError
+from pipeline.errors import DataError, InputMissing, QuotesmithError
+from pipeline.foreign_folder import check_foreign
 from pipeline.manifest import describe
 from pipeline.publish import put_object
 from pipeline.sealed import MARKER, Seal, SealedFile, clear_up, matches, opened, parsed
@@ -55,11 +56,11 @@ class Mirror:
         self.store.put(self._marker(name), folder / MARKER)
 
     def fetch(self, name: str, to: Path, allowed: Sequence[str]) -> bool:
-        """Whether `to` is now the folder as it was saved, every hash checked; if not, it is as it was before.
+        """Whether `to` is now the folder as it was saved, every hash and header checked; if not, it stays as it is.
 
-        A copy that is damaged, or holds a file whose last name fits none of the patterns `allowed`, is passed over
-        with a line in the log: the work can be done again. A bucket that does not answer is an error all the same,
-        for a later start may spare that work.
+        A copy that is damaged or larger than the disk, or holds a file whose last name fits none of the patterns
+        `allowed`, is passed over with a line in the log: the work can be done again. A bucket that does not answer is
+        an error all the same, for a later start may spare that work.
         """
         if not self.holds(name):
             return False
@@ -68,13 +69,14 @@ class Mirror:
         try:
             data = self.store.read(self._marker(name))
             self._fill(temporary, name, parsed(data), allowed)
+            check_foreign(temporary)
             (temporary / MARKER).write_bytes(data)
             for path in (temporary / MARKER, *[path for path in temporary.rglob("*") if path.is_dir()], temporary):
                 sync(path)
             shutil.rmtree(to, ignore_errors=True)
             temporary.rename(to)
             sync(to.parent)
-        except (ValueError, InputMissing) as e:
+        except (ValueError, InputMissing, DataError) as e:
             log.warning("%s/%s is passed over: %s", self.store.uri, self._marker(name), e)
             return False
         finally:
@@ -102,6 +104,9 @@ class Mirror:
 
     def _fill(self, folder: Path, name: str, sealed: Seal, allowed: Sequence[str]) -> None:
         folder.mkdir(parents=True)
+        needed, free = sum(file.size for file in sealed.files.values()), shutil.disk_usage(folder).free
+        if needed > free:
+            raise ValueError(f"it has {needed} bytes, but the disk has {free} left")
         for file, expected in sealed.files.items():
             if not any(fnmatch(PurePosixPath(file).name, pattern) for pattern in allowed):
                 raise ValueError(f"it lists {file}, which is no file that this job makes")

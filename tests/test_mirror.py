@@ -1,7 +1,10 @@
 import logging
 from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import save
 
 from pipeline import bucket, retrying, sealed
 from pipeline import mirror as mirroring
@@ -13,6 +16,7 @@ from pipeline.storage import local, open_store
 from tests.faulty_requests import FaultyRequests, Killed, Service, simulate_time
 
 ALL = ("*",)
+WEIGHTS = save({"w": torch.ones(3)})
 FAULTS = ("busy", "lost", "delay", "cut", "short", "flipped", "late", "conflict", "twice")
 
 
@@ -27,7 +31,7 @@ def output(request, tmp_path):
 def folder(tmp_path):
     path = tmp_path / "folder"
     (path / "deep").mkdir(parents=True)
-    (path / "model.safetensors").write_bytes(b"weights")
+    (path / "model.safetensors").write_bytes(WEIGHTS)
     (path / "deep" / "empty.json").write_bytes(b"")
     seal(path, {"step": 3})
     return path
@@ -74,13 +78,13 @@ def test_a_damaged_copy_is_passed_over_with_one_line(folder, tmp_path, damage, c
     mirror = Mirror(str(tmp_path / "bucket"), "run")
     mirror.save(folder, "a")
     place = tmp_path / "bucket" / "runs" / "run" / "checkpoints" / "a"
-    weights = next(path for path in (place / "sha256").iterdir() if path.read_bytes() == b"weights")
+    weights = next(path for path in (place / "sha256").iterdir() if path.read_bytes() == WEIGHTS)
     if damage == "object gone":
         weights.unlink()
     if damage == "object altered":
-        weights.write_bytes(b"Weights")
+        weights.write_bytes(WEIGHTS.swapcase())
     if damage == "object longer":
-        weights.write_bytes(b"weights" * 1000)
+        weights.write_bytes(WEIGHTS * 1000)
     if damage == "marker torn":
         (place / MARKER).write_bytes((place / MARKER).read_bytes()[:50])
     if damage == "marker escapes":
@@ -102,6 +106,24 @@ def test_a_copy_that_holds_what_the_job_never_makes_is_passed_over(folder, tmp_p
     assert not mirror.fetch("a", tmp_path / "to", ("*.safetensors", "*.json"))
     assert "pytorch_model.bin" in caplog.text and not (tmp_path / "to").exists()
     assert mirror.fetch("a", tmp_path / "to", ("*.safetensors", "*.json", "*.bin"))
+
+
+def test_a_copy_whose_hashes_are_right_but_not_its_header_is_passed_over(folder, tmp_path, caplog):
+    (folder / "model.safetensors").write_bytes(WEIGHTS.replace(b"[3]", b"[9]"))
+    seal(folder, {})
+    mirror = Mirror(str(tmp_path / "bucket"), "run")
+    mirror.save(folder, "a")
+    assert not mirror.fetch("a", tmp_path / "to", ALL) and not (tmp_path / "to").exists()
+    assert "passed over: model.safetensors is broken: its tensor w has 12 bytes, which" in caplog.text
+
+
+def test_a_copy_for_which_the_disk_has_no_room_is_not_fetched(folder, tmp_path, caplog, monkeypatch):
+    mirror = Mirror(str(tmp_path / "bucket"), "run")
+    mirror.save(folder, "a")
+    monkeypatch.setattr(mirroring.shutil, "disk_usage", lambda path: SimpleNamespace(free=7))
+    monkeypatch.setattr(mirror.store, "get", None)
+    assert not mirror.fetch("a", tmp_path / "to", ALL)
+    assert f"it has {len(WEIGHTS)} bytes, but the disk has 7 left" in caplog.text
 
 
 def test_a_folder_that_is_not_whole_is_not_copied(folder, tmp_path):

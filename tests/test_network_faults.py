@@ -226,12 +226,12 @@ def test_a_checkpoint_through_a_network_that_keeps_failing_is_whole_or_absent_an
     checkpoints = kept(tmp_path / "disk", network)
     for step in range(1, 4):
         network.proxy.fault = Fault(kind, "up", after=50_000 * step, times=2 + step)
-        checkpoints.save(step, lambda folder: written(folder, CONTENT[:300_000]).rename(folder / "optimizer.pt"))
+        checkpoints.save(step, lambda folder: written(folder, CONTENT[:300_000]).rename(folder / "curve.json"))
         assert checkpoints.copying
         checkpoints.copying.join()
         network.proxy.fault = None
         found = kept(tmp_path / f"pod {step}", network).newest()
-        assert found is None or (found / "optimizer.pt").read_bytes() == CONTENT[:300_000]
+        assert found is None or (found / "curve.json").read_bytes() == CONTENT[:300_000]
     assert [path.name for path in sorted((tmp_path / "disk").iterdir())] == ["step-00000002", "step-00000003"]
 
 

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save
 
 from pipeline import process, signals, stage
 from pipeline.artifacts import Checkpoint, sha256_of
@@ -18,6 +20,7 @@ from pipeline.stage import Stages
 from pipeline.storage import open_store
 
 ran = []
+WEIGHTS = save({"w": torch.ones(3)})
 
 
 def copy(checkpoint: Checkpoint, cfg: SparsityConfig, *, seed: int, out: Path) -> Checkpoint:
@@ -109,7 +112,7 @@ def finetune(checkpoint: Checkpoint, cfg: SparsityConfig, *, seed: int, out: Pat
     """A stage that is worth a copy."""
     ran.append(seed)
     (out / "model").mkdir()
-    (out / "model" / "model.safetensors").write_bytes(b"weights")
+    (out / "model" / "model.safetensors").write_bytes(WEIGHTS)
     return Checkpoint(out / "model", sha256_of(out / "model" / "model.safetensors"), {"seed": seed})
 
 
@@ -125,7 +128,7 @@ def test_a_start_on_an_empty_disk_takes_a_finished_stage_from_the_output(given, 
     stages, run = on_a_machine(tmp_path / "b", bucket)
     taken = run(*given)
     assert ran == [1] and stages.records[0].skipped and taken.sha256 == first.sha256 and taken.facts == first.facts
-    assert taken.path.is_relative_to(tmp_path / "b") and (taken.path / "model.safetensors").read_bytes() == b"weights"
+    assert taken.path.is_relative_to(tmp_path / "b") and (taken.path / "model.safetensors").read_bytes() == WEIGHTS
     stages, run = on_a_machine(tmp_path / "b", str(tmp_path / "empty"))
     assert run(*given) == taken and ran == [1]
 
@@ -203,7 +206,7 @@ def recover(checkpoint: Checkpoint, *, checkpoints: Checkpoints, out: Path) -> C
         checkpoints.save(step, lambda folder: (folder / "state.json").write_text("{}"))
         if step == 2 and not found:
             raise KeyboardInterrupt
-    (out / "model.safetensors").write_bytes(b"weights")
+    (out / "model.safetensors").write_bytes(WEIGHTS)
     return Checkpoint(out, "abc")
 
 
@@ -258,7 +261,7 @@ def test_a_stage_that_a_signal_finds_nearly_done_is_finished_before_the_end(
         ran.append(1)
         if len(ran) == 1:
             signals.on_signal(signal.SIGTERM, None)
-        (out / "model.safetensors").write_bytes(b"weights")
+        (out / "model.safetensors").write_bytes(WEIGHTS)
         return Checkpoint(out, "abc")
 
     stages = Stages(tmp_path, ResumeConfig(minutes=minutes))
