@@ -17,7 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from pipeline.artifacts import Calibration, Checkpoint, Facts
 from pipeline.calibrate import load_calibration
+from pipeline.checkpoints import Checkpoints
 from pipeline.config import ExportConfig
+from pipeline.course import Best, Course, read, write
 from pipeline.device import arithmetic_of
 from pipeline.distill import arithmetic
 from pipeline.errors import CheckFailed
@@ -41,12 +43,20 @@ class Check:
 
 
 def extend(
-    checkpoint: Checkpoint, calibration: Calibration, cfg: ExportConfig, *, device: str, seed: int, out: Path
+    checkpoint: Checkpoint,
+    calibration: Calibration,
+    cfg: ExportConfig,
+    *,
+    device: str,
+    seed: int,
+    out: Path,
+    checkpoints: Checkpoints | None = None,
 ) -> Checkpoint:
     """`checkpoint` with `cfg.context` positions in `out`; all it had stays bit by bit as it is.
 
     The new rows are filled in the way that predicts the calibration's validation text best, then trained for
-    `cfg.context_steps` steps; what they learned is kept if that text is predicted better by it. Raises `ConfigError`
+    `cfg.context_steps` steps, from the newest of `checkpoints` on if there is one, on a CPU to the same bits; what they
+    learned is kept if that text is predicted better by it. Raises `ConfigError`
     for a model without a learned table, or with as many positions already; `CheckFailed` for a loss that is not finite.
     """
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32)
@@ -57,7 +67,7 @@ def extend(
     checks = check_windows(train, validation, positions, cfg.context, seed)
     facts = {"positions": positions, "context": cfg.context} | choose_fill(model, cfg.context, checks)
     if cfg.context_steps:
-        facts |= train_rows(model, positions, train, checks, cfg.context_steps, seed)
+        facts |= train_rows(model, positions, train, checks, cfg.context_steps, seed, checkpoints)
     log.info(
         "extend: %d to %d positions, filled by %s, loss %.3f", positions, cfg.context, facts["fill"], facts["loss"]
     )
@@ -140,7 +150,13 @@ def summed_loss(model: PreTrainedModel, ids: Sequence[int], start: int) -> Tenso
 
 
 def train_rows(
-    model: PreTrainedModel, positions: int, train: Sequences, checks: Sequence[Check], steps: int, seed: int
+    model: PreTrainedModel,
+    positions: int,
+    train: Sequences,
+    checks: Sequence[Check],
+    steps: int,
+    seed: int,
+    checkpoints: Checkpoints | None = None,
 ) -> Facts:
     """Moves the new rows of the table, one text of the whole context a step; undone if it did not help.
 
@@ -150,38 +166,54 @@ def train_rows(
     """
     table = table_of(model).weight
     filled = table.detach()[positions:].clone()
-    context, loss_before = len(table), loss_of(model, checks)
     shares = hats(len(filled), KNOT).to(table.device)
     knots = nn.Parameter(torch.zeros(shares.shape[1], table.shape[1], device=table.device))
+    best = Best([knots], math.inf)
     optimizer = torch.optim.AdamW([knots], lr=LEARNING_RATE, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
-    history: list[float] = []
+    found = checkpoints.newest() if checkpoints else None
+    if found:
+        course = read(found, best, optimizer, schedule)
+        log.info("extend: goes on from its checkpoint at step %d", course.step)
+        table.data[positions:] = filled + shares @ knots.data
+    else:
+        course, best.loss = Course(), loss_of(model, checks)
+    resumed, loss_before = course.step, best.loss
     for parameter in model.parameters():
         parameter.requires_grad_(parameter is table)
     with little_memory(model):
-        for step in bar(range(steps), "extend", steps):
-            ids = [train[0][0], *long_enough(train, context, seed + step)][:context]
-            loss = summed_loss(model, ids, positions) / (context - positions)
-            history.append(loss.item())
-            if not math.isfinite(history[-1]):
-                raise CheckFailed(f"extend: the loss is {history[-1]} at step {step + 1} of {steps}")
-            loss.backward()  # type: ignore[no-untyped-call]
+        for step in bar(range(resumed + 1, steps + 1), "extend", steps - resumed):
+            course.losses.append(backward(model, positions, train, len(table), seed + step - 1))
+            if not math.isfinite(course.losses[-1]):
+                raise CheckFailed(f"extend: the loss is {course.losses[-1]} at step {step} of {steps}")
             knots.grad = shares.T @ torch.as_tensor(table.grad)[positions:]
             table.grad = None
             optimizer.step()
             schedule.step()
             table.data[positions:] = filled + shares @ knots.data
-    found = loss_of(model, checks)
-    if found >= loss_before:
+            course.step = step
+            if checkpoints and step < steps and checkpoints.due(step):
+                checkpoints.save(step, lambda folder: write(folder, course, best, optimizer, schedule))
+    loss_after = loss_of(model, checks)
+    if loss_after >= loss_before:
         table.data[positions:] = filled
     return {
         "steps": steps,
-        "kept": found < loss_before,
+        "resumed": resumed,  # step of the checkpoint it went on from; 0: from the start
+        "kept": loss_after < loss_before,
         "loss_before": loss_before,
-        "loss_after": found,
-        "loss": min(found, loss_before),
-        "loss_history": history,
+        "loss_after": loss_after,
+        "loss": min(loss_after, loss_before),
+        "loss_history": course.losses,
     }
+
+
+def backward(model: PreTrainedModel, positions: int, train: Sequences, context: int, seed: int) -> float:
+    """Nats a token at the new positions of one text, whose gradient is then in the model."""
+    ids = [train[0][0], *long_enough(train, context, seed)][:context]
+    loss = summed_loss(model, ids, positions) / (context - positions)
+    loss.backward()  # type: ignore[no-untyped-call]
+    return float(loss.detach())
 
 
 def hats(rows: int, every: int) -> Tensor:

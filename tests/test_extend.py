@@ -1,5 +1,6 @@
 import json
 import math
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,12 +9,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from pipeline import extend as stage
+from pipeline import signals
 from pipeline.artifacts import Calibration, Checkpoint
-from pipeline.config import ExportConfig
+from pipeline.checkpoints import Checkpoints
+from pipeline.config import ExportConfig, ResumeConfig
 from pipeline.device import Precision
 from pipeline.errors import CheckFailed, ConfigError
 from pipeline.extend import extend, hats, summed_loss, with_context
 from scripts.make_random_gpt2 import make
+from tests.test_distill import Died
 
 WPE = "transformer.wpe.weight"
 CONTEXT = 200
@@ -36,9 +40,9 @@ def calibration(tmp_path_factory):
     return Calibration(path, "0" * 64)
 
 
-def run(small, calibration, out, steps=0, seed=0):
+def run(small, calibration, out, steps=0, seed=0, checkpoints=None):
     cfg = ExportConfig(context=CONTEXT, context_steps=steps)
-    return extend(small, calibration, cfg, device="cpu", seed=seed, out=out)
+    return extend(small, calibration, cfg, device="cpu", seed=seed, out=out, checkpoints=checkpoints)
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +78,31 @@ def test_the_fill_that_predicts_best_is_taken(small, calibration, tmp_path):
 
 def test_the_same_seed_gives_the_same_rows(small, calibration, trained, tmp_path):
     assert run(small, calibration, tmp_path, steps=8).sha256 == trained.sha256
+
+
+@pytest.mark.parametrize("how", ["killed", "stopped"])
+def test_training_that_is_cut_off_in_any_step_ends_in_the_same_rows(
+    how, small, calibration, trained, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(signals.state, "received", None)
+    backward = stage.backward
+    for last in (1, 4, 7):
+
+        def cut_off(model, positions, train, context, seed, last=last):
+            if seed == last - 1 and how == "stopped":
+                signals.state.received = signal.SIGTERM
+            if seed == last and how == "killed":
+                raise Died
+            return backward(model, positions, train, context, seed)
+
+        kept = Checkpoints(tmp_path / f"kept-{last}", ResumeConfig(steps=1 if how == "killed" else 0))
+        with monkeypatch.context() as patch:
+            patch.setattr(stage, "backward", cut_off)
+            with pytest.raises(Died if how == "killed" else signals.Stopped):
+                run(small, calibration, tmp_path / "died", steps=8, checkpoints=kept)
+        signals.state.received = None
+        again = run(small, calibration, tmp_path / f"again-{last}", steps=8, checkpoints=kept)
+        assert again.facts == trained.facts | {"resumed": last} and again.sha256 == trained.sha256
 
 
 def test_rows_that_training_made_worse_are_put_back(small, calibration, tmp_path, monkeypatch):
