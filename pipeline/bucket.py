@@ -24,7 +24,7 @@ from pipeline.errors import (
 )
 from pipeline.progress import transfer
 from pipeline.retrying import Deadline, retry, try_seconds
-from pipeline.storage import Stat, check_listed, check_name, check_prefix, crc32c_of
+from pipeline.storage import Stat, check_listed, check_name, check_prefix, check_readable, crc32c_of
 from pipeline.storage.local import sync, written
 from pipeline.storage.local import translated as disk_errors_translated
 
@@ -82,8 +82,9 @@ class BucketStore:
             temporary.replace(to)
 
     def read(self, name: str) -> bytes:
-        file = io.BytesIO()
-        self._download(name, self._found(name), file, lambda _: None)
+        file, found = io.BytesIO(), self._found(name)
+        check_readable(found.size, self._uri(name))
+        self._download(name, found, file, lambda _: None)
         return file.getvalue()
 
     def put(self, name: str, path: Path) -> None:

@@ -128,8 +128,11 @@ class Lease:
         threading.Thread(target=self._keep, name="lease", daemon=True).start()
 
     def confirm(self) -> None:
-        """Renew now; TryLater if somebody else has taken over. What comes next is done within the lease's time."""
+        """Renew now; TryLater if somebody else has taken over, or it was given back. What comes next is done within
+        the lease's time."""
         with self._busy:
+            if self._ended.is_set():
+                raise TryLater(f"run {self.run_id} was given back by this process, which ends")
             self._renew()
 
     @property
@@ -148,6 +151,7 @@ class Lease:
         except QuotesmithError as e:
             log.warning("lease: not removed, it expires within %.0f s: %s", self.seconds, e)
         finally:
+            self._held_until = 0.0
             self._busy.release()
 
     def _take(self, watch: Watch) -> bool:

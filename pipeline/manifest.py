@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 from pipeline import __version__
 from pipeline.artifacts import Release, ReleasedFile, sha256_of
 from pipeline.errors import DataError
-from pipeline.storage import check_name, crc32c_of
+from pipeline.storage import check_listed, check_name, crc32c_of
 
 SCHEMA_VERSION = 1
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -74,7 +74,7 @@ def from_bytes(data: bytes, output: str, run_id: str) -> Release:
             manifest_sha256=hashlib.sha256(data).hexdigest(),
             files=files,
         )
-    except (ValueError, KeyError, TypeError) as e:
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise DataError(f"{where} is not a manifest of this program: {type(e).__name__} {e}") from e
     if version != SCHEMA_VERSION:
         raise DataError(f"{where} has schema version {version}; this program reads {SCHEMA_VERSION}")
@@ -85,5 +85,5 @@ def from_bytes(data: bytes, output: str, run_id: str) -> Release:
     for file in files:
         if not SHA256.fullmatch(file.sha256):
             raise DataError(f"{where} has the impossible SHA-256 {file.sha256!r} for {file.name}")
-        check_name(file.name)
+        check_listed(file.name, where)
     return release

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 LATEST = "latest.json"
 METRICS = "metrics.json"
 SWAP_ATTEMPTS = 10
+RUN_ID = re.compile(r"\w[\w.-]*")
 
 
 def always() -> None:
@@ -96,14 +98,32 @@ def refuse_foreign_files(output: str, names: Sequence[str]) -> None:
 
 
 def complete(release: Release, local: Mapping[str, Path] | None = None) -> None:
-    """Point latest.json at the release unless a newer one has it, and add plain copies that lack or differ.
+    """Point latest.json at the release unless a newer one has it, and add plain copies of the one that it names where
+    they lack or differ.
 
-    Copies come from `local` files where given, else from the release's own objects.
+    Of two jobs that copy at once, the one that is done last looks last, and finds what the other has moved. Copies come
+    from `local` files where given, else from a release's own objects.
     """
     store = open_store(release.output)
     if not point_latest(store, release):
         log.info("publish: latest.json names a newer release and stays as it is")
-        return
+    for _ in range(SWAP_ATTEMPTS):
+        newest = pointed_at(store, release)
+        copy_plainly(store, newest, local if newest == release else None)
+        if pointed_at(store, release) == newest:
+            return
+    raise TryLater(f"{store.uri}/{LATEST} keeps being moved by other runs; run again to complete the release")
+
+
+def pointed_at(store: Store, ours: Release) -> Release:
+    """The release that latest.json names; `ours` if that names none, or one that somebody removed."""
+    pointer = latest(store)
+    if pointer is None or pointer["run_id"] == ours.run_id or store.stat(manifest_name(pointer["run_id"])) is None:
+        return ours
+    return standing_release(store, ours.output, pointer["run_id"])
+
+
+def copy_plainly(store: Store, release: Release, local: Mapping[str, Path] | None) -> None:
     for file in release.files:
         if has(store, file.name, file):
             continue
@@ -136,7 +156,7 @@ def verify(uri: str) -> list[str]:
     pointer = None if run_id else latest(store)
     if not run_id and pointer is None:
         raise InputMissing(f"{uri} holds no {LATEST}, so nothing has been published there")
-    run_id = run_id or str(pointer["run_id"] if pointer else "")
+    run_id = run_id or (pointer["run_id"] if pointer else "")
     if store.stat(manifest_name(run_id)) is None:
         raise InputMissing(f"{output}/{manifest_name(run_id)} does not exist, so that run is not published")
     release = standing_release(store, output, run_id)
@@ -194,7 +214,7 @@ def point_latest(store: Store, release: Release) -> bool:
         current = latest(store) if found else None
         if current == content:
             return True
-        if current and str(current["created"]) > release.created:
+        if current and current["created"] > release.created:
             return False
         if store.compare_and_swap(LATEST, manifest.as_json(content), found.version if found else None):
             return True
@@ -205,7 +225,8 @@ def latest(store: Store) -> dict[str, Any] | None:
     if store.stat(LATEST) is None:
         return None
     content = parsed(store.read(LATEST), f"{store.uri}/{LATEST}")
-    if not {"run_id", "created", "manifest_sha256"} <= content.keys():
+    known = all(isinstance(content.get(key), str) for key in ("run_id", "created", "manifest_sha256"))
+    if not known or not RUN_ID.fullmatch(content["run_id"]):
         raise DataError(f"{store.uri}/{LATEST} is not a pointer of this program; move it away")
     return content
 
@@ -213,7 +234,7 @@ def latest(store: Store) -> dict[str, Any] | None:
 def parsed(data: bytes, where: str) -> dict[str, Any]:
     try:
         content = json.loads(data)
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise DataError(f"{where} is not JSON: {e}") from e
     if not isinstance(content, dict):
         raise DataError(f"{where} is not a JSON object")

@@ -162,6 +162,15 @@ def test_a_holder_that_was_overtaken_stops_renewing_and_says_so(local: Store, mo
     assert json.loads(local.read(NAME))["holder"] == second.id
 
 
+def test_a_lease_that_was_given_back_is_not_held_and_not_taken_again(local: Store) -> None:
+    first = held(local, 3600)
+    first.release()
+    assert not first.is_held
+    with pytest.raises(TryLater, match="given back"):
+        first.confirm()
+    assert local.stat(NAME) is None
+
+
 def test_a_lease_that_somebody_removed_is_taken_again(local: Store) -> None:
     first = held(local, 3600)
     local.remove(NAME)

@@ -3,11 +3,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipeline import publish as module
-from pipeline.errors import DataError, InputMissing, QuotesmithError, TargetTaken, TransferError
+from pipeline.errors import DataError, InputMissing, TargetTaken, TransferError
 from pipeline.publish import find_release, publish, read_metrics, verify
 from pipeline.storage import Store, open_store
 
@@ -191,7 +192,7 @@ def test_an_altered_manifest_is_refused(tmp_path: Path, files: Files, old: str, 
     path = tmp_path / "out/runs/run1/MANIFEST.json"
     assert old in path.read_text()
     path.write_text(path.read_text().replace(old, new, 1))
-    with pytest.raises(QuotesmithError, match=why):
+    with pytest.raises(DataError, match=why):
         verify(str(tmp_path / "out"))
 
 
@@ -207,6 +208,64 @@ def test_latest_moves_to_a_newer_release_but_never_back(
     release(output, files, "old")
     assert json.loads(listing(output)["latest.json"])["run_id"] == "new"
     assert listing(output)["voice-Q2_K.gguf"] == b"new weights"
+
+
+class Slow:
+    """A store whose first plain copy takes so long that `meanwhile` happens."""
+
+    def __init__(self, store: Store, meanwhile: Callable[[], object]) -> None:
+        self.store, self.meanwhile = store, [meanwhile]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.store, name)
+
+    def put(self, name: str, path: Path) -> None:
+        if self.meanwhile:
+            self.meanwhile.pop()()
+        self.store.put(name, path)
+
+
+def test_of_two_that_copy_at_once_the_plain_files_are_the_newers(
+    tmp_path: Path, files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, newer = str(tmp_path / "out"), write(tmp_path / "newer", b"new weights", b"{}")
+    store = open_store(output)
+
+    def publish_newer() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "open_store", open_store)
+            patch.setattr(module.time, "strftime", lambda *_: "2031-01-01T00:00:00Z")
+            release(output, newer, "new")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "open_store", lambda uri: Slow(store, publish_newer))
+        release(output, files, "old")
+    assert json.loads(listing(output)["latest.json"])["run_id"] == "new"
+    assert listing(output)["voice-Q2_K.gguf"] == b"new weights"
+    assert len(verify(output)) == 6
+
+
+def test_plain_copies_of_a_newer_release_are_completed_too(
+    tmp_path: Path, files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, newer = str(tmp_path / "out"), write(tmp_path / "newer", b"new weights", b"{}")
+    release(output, files, "old")
+    monkeypatch.setattr(module.time, "strftime", lambda *_: "2031-01-01T00:00:00Z")
+    release(output, newer, "new")
+    (tmp_path / "out" / "README.md").unlink()
+    release(output, files, "old")
+    assert len(verify(output)) == 6
+    (tmp_path / "out/runs/new/MANIFEST.json").unlink()  # by hand: then there is nothing to complete
+    release(output, files, "old")
+
+
+@pytest.mark.parametrize(
+    "content", [b"[" * 100_000, b'{"run_id": 5}', b'{"run_id": "../x", "created": "", "manifest_sha256": ""}']
+)
+def test_a_pointer_that_somebody_else_wrote_is_bad_data(tmp_path: Path, content: bytes) -> None:
+    open_store(str(tmp_path)).put_if_absent("latest.json", content)
+    with pytest.raises(DataError, match="latest"):
+        verify(str(tmp_path))
 
 
 def test_completing_a_release_needs_only_its_objects(tmp_path: Path, files: Files) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import bucket, errors
+from pipeline import bucket, errors, storage
 from pipeline.storage import Store, crc32c_of, open_store
 
 
@@ -59,6 +59,15 @@ def test_an_absent_object_has_no_stat_and_cannot_be_read(store: Store, tmp_path:
     with pytest.raises(errors.InputMissing, match="absent"):
         store.get("absent", tmp_path / "to")
     assert not (tmp_path / "to").exists()
+
+
+def test_what_would_fill_the_memory_is_not_read(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.put_if_absent("marker", b"12345")
+    monkeypatch.setattr(storage, "LARGEST_READ", 5)
+    assert store.read("marker") == b"12345"
+    monkeypatch.setattr(storage, "LARGEST_READ", 4)
+    with pytest.raises(errors.DataError, match="marker has 5 bytes; needed at most 4"):
+        store.read("marker")
 
 
 def test_put_if_absent_leaves_what_stands(store: Store, tmp_path: Path) -> None:

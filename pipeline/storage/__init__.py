@@ -16,6 +16,7 @@ from typing import Protocol, cast
 from pipeline.errors import ConfigError, DataError
 
 CHUNK_BYTES = 1024 * 1024
+LARGEST_READ = 64 * 1024 * 1024  # bytes of an object that is read into memory; markers, manifests and figures have less
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Store(Protocol):
         """Copy the object to a local file: checksummed, and complete or not there."""
 
     def read(self, name: str) -> bytes:
-        """A small object's bytes."""
+        """A small object's bytes; DataError (65) for one that is larger than `LARGEST_READ`."""
 
     def put(self, name: str, path: Path) -> None:
         """Write or overwrite; readers see the old object or the new one, never a part."""
@@ -108,6 +109,14 @@ def check_listed(name: str, uri: str) -> str:
         return check_name(name)
     except ConfigError as e:
         raise DataError(f"{uri} holds an object that cannot be used: {e}; rename or delete it") from e
+
+
+def check_readable(size: int, uri: str) -> None:
+    """DataError for an object that would fill the memory."""
+    if size > LARGEST_READ:
+        raise DataError(
+            f"{uri} has {size} bytes; needed at most {LARGEST_READ}, for this job never writes a larger one"
+        )
 
 
 class Crc32c:

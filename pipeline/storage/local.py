@@ -21,7 +21,16 @@ from pipeline.errors import (
     QuotesmithError,
     TransferError,
 )
-from pipeline.storage import CHUNK_BYTES, Stat, check_listed, check_name, check_prefix, crc32c_of, scheme_of
+from pipeline.storage import (
+    CHUNK_BYTES,
+    Stat,
+    check_listed,
+    check_name,
+    check_prefix,
+    check_readable,
+    crc32c_of,
+    scheme_of,
+)
 
 TEMPORARY = ".writing-"
 NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
@@ -74,6 +83,7 @@ class LocalStore:
     def read(self, name: str) -> bytes:
         path = self._path(name)
         with translated(path):
+            check_readable(path.stat().st_size, str(path))
             return path.read_bytes()
 
     def put(self, name: str, path: Path) -> None:
