@@ -3,11 +3,16 @@ recorded, so that nobody has to guess later why a run took fp32."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal, NamedTuple
 
 import torch
 
-from pipeline.errors import ConfigError, ServiceUnavailable
+from pipeline.errors import ConfigError, MachineError, ServiceUnavailable, TryLater
+
+GPU_FAILED = ("CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS", "cuDNN error")  # in errors without a class of their own
+NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 
 
 class Device(NamedTuple):
@@ -26,7 +31,8 @@ def choose_device(asked: str) -> Device:
     if asked == "cpu":
         return Device("cpu", "asked for")
     if visible:
-        name = torch.cuda.get_device_name(0)
+        with device_errors("preflight"):
+            name = torch.cuda.get_device_name(0)
         return Device("cuda", f"asked for: {name}" if asked == "cuda" else f"auto: {name} is visible")
     if asked == "cuda":
         raise ServiceUnavailable(
@@ -67,3 +73,27 @@ def arithmetic_of(asked: str, device: str) -> Precision:
     if any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16")):
         return Precision("bf16", "auto: this CPU multiplies in bf16, twice as fast")
     return Precision("fp32", "auto: this CPU has no bf16 instructions")
+
+
+@contextmanager
+def device_errors(what: str) -> Iterator[None]:
+    """torch's errors that are the machine's fault as ours; `what` was being done."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as e:
+        raise ConfigError(
+            f"{what}: the GPU's memory is not enough ({first_line(e)}); take a larger GPU or a smaller model, or set "
+            "tokens.max_length or this stage's batch lower"
+        ) from e
+    except (RuntimeError, MemoryError) as e:
+        if isinstance(e, MemoryError) or NO_MEMORY in str(e):
+            raise MachineError(f"{what}: memory ran out ({first_line(e)}); take a machine with more") from e
+        if isinstance(e, torch.AcceleratorError) or any(sign in str(e) for sign in GPU_FAILED):
+            raise TryLater(
+                f"{what}: the GPU failed ({first_line(e)}); run again, on another machine if it fails again"
+            ) from e
+        raise
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from pipeline.device import choose_device, choose_precision
-from pipeline.errors import ConfigError, ServiceUnavailable
+from pipeline.device import choose_device, choose_precision, device_errors
+from pipeline.errors import ConfigError, MachineError, ServiceUnavailable, TryLater
 
 
 @pytest.fixture
@@ -39,3 +39,37 @@ def test_a_precision_the_device_does_not_have_is_refused(gpu):
         choose_precision("fp16", "cpu")
     with pytest.raises(ConfigError, match="Ampere"):
         choose_precision("bf16", "cuda")
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), ConfigError),
+        (torch.AcceleratorError("uncorrectable ECC error encountered"), TryLater),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling cublasSgemm"), TryLater),
+        (MemoryError(), MachineError),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), RuntimeError),
+        (ConfigError("ours"), ConfigError),
+    ],
+)
+def test_what_is_the_machines_fault_has_its_code_and_the_rest_stays_a_bug(error, kind):
+    with pytest.raises(Exception) as raised, device_errors("recover"):
+        raise error
+    assert type(raised.value) is kind
+    assert (raised.value is error) == (kind is RuntimeError or str(error) == "ours")
+    assert raised.value is error or str(raised.value).startswith("recover: ")
+
+
+def test_memory_that_torch_cannot_get_is_the_machines_error():
+    with pytest.raises(MachineError, match="can't allocate memory"), device_errors("recover"):
+        torch.empty(2**60, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("gpu", [True], indirect=True)
+def test_a_gpu_that_is_visible_but_broken_is_worth_a_retry_elsewhere(gpu, monkeypatch):
+    def broken(index):
+        raise torch.AcceleratorError("CUDA error: all CUDA-capable devices are busy or unavailable")
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", broken)
+    with pytest.raises(TryLater, match="preflight: the GPU failed"):
+        choose_device("auto")

@@ -66,6 +66,13 @@ def test_bad_usage_ends_with_its_code_and_one_sentence(args, env, code, sentence
     assert sentence in done.stderr and "Traceback" not in done.stderr
 
 
+def test_a_gpu_that_is_not_there_ends_a_run_before_anything_is_spent(tmp_path):
+    places = ("--output", tmp_path / "out", "--work-dir", tmp_path / "work")
+    done = command("run", "--device", "cuda", *places, CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 69 and "no GPU is visible" in done.stderr and "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("error", QuotesmithError.__subclasses__())
 def test_every_error_ends_with_its_own_code(error, capsys):
     def breaks():

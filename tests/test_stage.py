@@ -103,6 +103,14 @@ def test_a_stage_that_fails_leaves_no_marker(given, tmp_path):
     assert not list(tmp_path.rglob(MARKER))
 
 
+def test_a_gpu_that_fails_within_a_stage_is_worth_a_retry(given, tmp_path):
+    def breaks(checkpoint: Checkpoint, *, out: Path) -> Checkpoint:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(TryLater, match="breaks: the GPU failed"):
+        Stages(tmp_path).run(breaks, given[0])
+
+
 @pytest.fixture
 def bucket(tmp_path):
     return str(tmp_path / "bucket")

@@ -62,6 +62,19 @@ def test_a_drive_without_hard_links_writes_once(tmp_path: Path, monkeypatch: pyt
     assert store.read("x") == b"one" and len(list(tmp_path.iterdir())) == 1
 
 
+def test_what_is_written_is_synced_up_to_the_folder_that_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr(local, "sync", synced.append)
+    open_store(str(tmp_path / "bucket")).put_if_absent("runs/run1/MANIFEST.json", b"{}")
+    folder = tmp_path / "bucket" / "runs" / "run1"
+    assert synced[:3] == [folder.parent, folder.parent.parent, tmp_path] and synced[-1] == folder and len(synced) == 5
+    synced.clear()
+    open_store(str(tmp_path / "bucket")).put_if_absent("runs/run1/other", b"{}")
+    assert len(synced) == 2 and synced[-1] == folder
+
+
 def test_a_file_with_a_control_character_in_its_name_is_refused_when_it_is_listed(tmp_path: Path) -> None:
     (tmp_path / "a\nb").write_text("x")
     with pytest.raises(errors.DataError, match="control character"):

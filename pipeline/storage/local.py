@@ -165,13 +165,22 @@ CURES: dict[type[QuotesmithError], str] = {
 @contextmanager
 def written(target: Path) -> Iterator[Path]:
     """A temporary name in the target's folder, gone afterwards. The folder is synced, so a rename lasts."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     temporary = target.parent / f"{TEMPORARY}{uuid.uuid4().hex}"
     try:
         yield temporary
         sync(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def make_folder(folder: Path) -> None:
+    """With its parents; those that are new outlast a power cut as the file will."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in new:
+        with suppress(PermissionError):  # a folder that can be written but not read
+            sync(path.parent)
 
 
 def fill(temporary: Path, data: bytes | Path) -> None:
