@@ -25,7 +25,7 @@ from pipeline.fetch import content_hash, fetch, resolve
 from pipeline.finetune import finetune
 from pipeline.finish import finish
 from pipeline.model_card import model_card, modelfile
-from pipeline.preflight import check_model, preflight
+from pipeline.preflight import Ground, check_model, preflight
 from pipeline.publish import complete, find_release, is_latest, read_metrics, refuse_foreign_files
 from pipeline.quantize import quantize
 from pipeline.recover import recover
@@ -57,6 +57,24 @@ class Outcome:
     is_latest: bool  # False: the plainly named files there are a newer release's
 
 
+@dataclass(frozen=True)
+class Given:
+    """What a run works on; its `run_id` is a hash of that and of the settings that matter."""
+
+    corpus: Corpus
+    text: Corpus | None  # to calibrate on too
+    source: str  # the base model, by hash or commit
+    run_id: str
+
+
+@dataclass(frozen=True)
+class Made:
+    tokens: TokenDataset
+    final: Checkpoint
+    finished: GgufSet
+    evaluation: Evaluation
+
+
 def run(resolved: Resolved, *, retry_failed: bool = False) -> Outcome:
     with Claim(resolved.config, retry_failed=retry_failed) as claim:
         return walk(resolved, claim)
@@ -66,60 +84,64 @@ def walk(resolved: Resolved, claim: Claim) -> Outcome:
     cfg = resolved.config
     disable_progress_bar()  # one for every model that is loaded; the long steps have bars of their own
     set_verbosity_error()
-    tools, device = preflight(cfg)
+    ground = preflight(cfg)
+    tools, device = ground
     log.info("job: device %s (%s), llama.cpp %s, work_dir %s", *device, tools.version, cfg.work_dir)
     claim.work_folder()
     stages = Stages(cfg.work_dir, cfg.resume)
 
     refuse_foreign_files(cfg.output, plain_names(cfg))
-    inputs = resolve(cfg.input, cfg.data)
-    corpus = stages.run(fetch, inputs, cfg.data, outside=content_hash(inputs))
-    source = base_model.resolve(cfg.model)
-    text = calibration_text(stages, cfg)
-    run_id = run_id_of(cfg, corpus, text, source, tools.version)
-    stages.belong_to(cfg.output, run_id, claim)
-    if release := find_release(cfg.output, run_id) or claim.run(run_id, tools.version):
+    given = look_up(stages, cfg, tools.version)
+    stages.belong_to(cfg.output, given.run_id, claim)
+    if release := find_release(cfg.output, given.run_id) or claim.run(given.run_id, tools.version):
         stages.forget()
         return already_there(release, cfg)
-    refuse_rejected(cfg.output, cfg.gate, run_id, plain_names(cfg))
+    refuse_rejected(cfg.output, cfg.gate, given.run_id, plain_names(cfg))
 
-    base = stages.run(obtain, cfg.model, outside=source)
-    check_model(base, cfg, tools)
-    check_room(base, cfg, device.name)
-    stages.needs = needs_of(base, cfg)
-    tokens = stages.run(tokenize, corpus, base, cfg.tokens)
-    where: dict[str, Any] = {"device": device.name, "seed": cfg.seed}
-    tuned = stages.run(finetune, base, tokens, cfg.train, **where)
-    calibration = stages.run(calibrate, tuned, tokens, text, cfg.calibration, cfg.tokens, **where)
-    pruned = stages.run(sparsify, tuned, calibration, cfg.sparsity, **where)
-    recovered = stages.run(recover, pruned, tuned, calibration, cfg.recover, **where)
-    final = stages.run(extend, recovered, calibration, cfg.export, **where) if cfg.export.context else recovered
-    f16 = stages.run(export, final, corpus, tokens, cfg.export, tools=tools, name=cfg.name)
-    zeros = cfg.sparsity.keep_zeros
-    quantized = stages.run(
-        quantize,
-        f16,
-        final,
-        calibration,
-        cfg.quantize,
-        keep_zeros=zeros,
-        tools=tools,
-        device=device.name,
-        name=cfg.name,
-    )
-    finished = stages.run(finish, quantized, final, tuned, calibration, cfg.finish, **where)
-    models = (base, tuned, pruned, recovered, f16, quantized, finished)
-    evaluation = stages.run(evaluate, *models, tokens, calibration, cfg.evaluate, cfg.fourbit, tools=tools, **where)
-
-    figures = gather(resolved, run_id, stages, corpus, tokens, finished, evaluation, tools.version)
-    files = lay_out(cfg, run_id, figures, finished, final)
+    made = make(stages, given, cfg, ground)
+    figures = gather(resolved, given, made, stages, tools.version)
+    files = lay_out(cfg, given.run_id, figures, made.finished, made.final)
     try:
-        release = publish_judged(cfg.output, figures, run_id=run_id, name=cfg.name, files=files, confirm=claim.confirm)
+        release = publish_judged(
+            cfg.output, figures, run_id=given.run_id, name=cfg.name, files=files, confirm=claim.confirm
+        )
     except Rejected:  # which is a release too
         stages.forget()
         raise
     stages.forget()
     return Outcome(release, figures.model_dump(mode="json"), published_now=True, is_latest=is_latest(release))
+
+
+def look_up(stages: Stages, cfg: JobConfig, llama_cpp: str) -> Given:
+    inputs = resolve(cfg.input, cfg.data)
+    corpus = stages.run(fetch, inputs, cfg.data, outside=content_hash(inputs))
+    source = base_model.resolve(cfg.model)
+    text = calibration_text(stages, cfg)
+    return Given(corpus, text, source, run_id_of(cfg, corpus, text, source, llama_cpp))
+
+
+def make(stages: Stages, given: Given, cfg: JobConfig, ground: Ground) -> Made:
+    """The stages, from base model to measured files."""
+    tools, device = ground
+    base = stages.run(obtain, cfg.model, outside=given.source)
+    check_model(base, cfg, tools)
+    check_room(base, cfg, device.name)
+    stages.needs = needs_of(base, cfg)
+    tokens = stages.run(tokenize, given.corpus, base, cfg.tokens)
+    where: dict[str, Any] = {"device": device.name, "seed": cfg.seed}
+    tuned = stages.run(finetune, base, tokens, cfg.train, **where)
+    calibration = stages.run(calibrate, tuned, tokens, given.text, cfg.calibration, cfg.tokens, **where)
+    pruned = stages.run(sparsify, tuned, calibration, cfg.sparsity, **where)
+    recovered = stages.run(recover, pruned, tuned, calibration, cfg.recover, **where)
+    final = stages.run(extend, recovered, calibration, cfg.export, **where) if cfg.export.context else recovered
+    naming: dict[str, Any] = {"tools": tools, "name": cfg.name}
+    f16 = stages.run(export, final, given.corpus, tokens, cfg.export, **naming)
+    kept: dict[str, Any] = {"keep_zeros": cfg.sparsity.keep_zeros, "device": device.name}
+    quantized = stages.run(quantize, f16, final, calibration, cfg.quantize, **kept, **naming)
+    finished = stages.run(finish, quantized, final, tuned, calibration, cfg.finish, **where)
+    models = (base, tuned, pruned, recovered, f16, quantized, finished)
+    evaluation = stages.run(evaluate, *models, tokens, calibration, cfg.evaluate, cfg.fourbit, tools=tools, **where)
+    return Made(tokens, final, finished, evaluation)
 
 
 def calibration_text(stages: Stages, cfg: JobConfig) -> Corpus | None:
@@ -146,28 +168,19 @@ def run_id_of(cfg: JobConfig, corpus: Corpus, text: Corpus | None, source: str, 
     return hashlib.sha256(json.dumps(matters, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def gather(
-    resolved: Resolved,
-    run_id: str,
-    stages: Stages,
-    corpus: Corpus,
-    tokens: TokenDataset,
-    files: GgufSet,
-    evaluation: Evaluation,
-    llama_cpp: str,
-) -> metrics.Metrics:
-    found = evaluation.facts
-    ggufs = [gguf_figures(file, found["speed"]) for file in files.files]
+def gather(resolved: Resolved, given: Given, made: Made, stages: Stages, llama_cpp: str) -> metrics.Metrics:
+    found = made.evaluation.facts
+    ggufs = [gguf_figures(file, found["speed"]) for file in made.finished.files]
     return metrics.Metrics.model_validate(
         {
-            "run_id": run_id,
+            "run_id": given.run_id,
             "name": resolved.config.name,
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "settings": settings.as_table(resolved),
             "data": {
-                "quotes": corpus.quotes,
-                "sources": [asdict(source) for source in corpus.sources],
-                "tokens": tokens.facts,
+                "quotes": given.corpus.quotes,
+                "sources": [asdict(source) for source in given.corpus.sources],
+                "tokens": made.tokens.facts,
             },
             "stages": metrics.stage_figures(stages.records, stages.facts),
             "ledger": found["ledger"],
