@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -57,48 +57,70 @@ def quantize(
     `MachineError` when the disk is too small. All before the first is written, if it can be.
     """
     check_types(cfg.types, cfg.importance)
-    contents = GgufContents(f16.path)
     choice = Choice(cfg.importance)
-    forecasts = {
-        kind: least(foretell(contents, kind, tools, choice), f"{name}-{kind}.gguf", cfg.max_bytes) for kind in cfg.types
-    }
-    for kind, forecast in forecasts.items():
-        handle_fallbacks(kind, forecast.fallbacks, cfg.fallback)
-        if keep_zeros:
-            require_types_with_zeros(kind, forecast)
+    forecasts = foretell_all(f16, cfg, choice, keep_zeros, tools, name)
     require_disk(sum(forecast.size_bytes for forecast in forecasts.values()), out)
-    sequences = load_calibration(calibration, "train")
     if choice.importance:
-        write_importance(load_fp32(model, device), sequences, out / IMATRIX)
-
-    def encode(path: Path, kind: str, keep_zeros: bool = keep_zeros) -> Facts:
-        if cfg.encoder == "gptq" and kind != "F16":
-            return encode_file(load_fp32(model, device), sequences, path, keep_zeros)
-        return {"encoder": "llama.cpp", "encoded_tensors": 0}
-
+        write_importance(load_fp32(model, device), load_calibration(calibration, "train"), out / IMATRIX)
+    encoder = Encoder(model, calibration, cfg.encoder, keep_zeros, device)
     limited = [kind for kind in cfg.types if cfg.max_bytes and kind not in UNQUANTIZED]
+    budget: Facts = {}
     if limited:
         whole, held = load_fp32(model, device), load_calibration(calibration, "validation")
         choice, budget = choose_types(
-            f16, whole, held, cfg.max_bytes, choice, encode, keep_zeros=keep_zeros, tools=tools, out=out
+            f16, whole, held, cfg.max_bytes, choice, encoder.encode, keep_zeros=keep_zeros, tools=tools, out=out
         )
-        forecasts = {kind: foretell(contents, kind, tools, choice) for kind in cfg.types}
+        forecasts = {kind: foretell(GgufContents(f16.path), kind, tools, choice) for kind in cfg.types}
         require_disk(sum(forecast.size_bytes for forecast in forecasts.values()), out)
     files = []
     for kind, forecast in forecasts.items():
         path = out / f"{name}-{kind}.gguf"
         stock(f16, kind, choice, tools, path)
-        ours = encode(path, kind) | {"importance": cfg.importance}
+        ours = encoder.encode(path, kind) | {"importance": cfg.importance}
         if kind in limited:
             ours |= {"budget": budget}
         if ours.get("keep_zeros"):
-            held = load_calibration(calibration, "validation")
-            free = partial(encode, kind=kind, keep_zeros=False)
-            ours |= {"zeros_cost": cost_of_zeros(load_fp32(model, device), path, held, free)}
+            ours |= {"zeros_cost": encoder.cost_of_zeros(path, kind)}
         files.append(described(path, kind, forecast, ours))
         if keep_zeros:
             require_zeros(files[-1], f16)
     return GgufSet(tuple(files))
+
+
+def foretell_all(
+    f16: GgufFile, cfg: QuantizeConfig, choice: Choice, keep_zeros: bool, tools: LlamaCpp, name: str
+) -> dict[str, Forecast]:
+    """By type, after the checks that need no more than this."""
+    contents, found = GgufContents(f16.path), {}
+    for kind in cfg.types:
+        found[kind] = least(foretell(contents, kind, tools, choice), f"{name}-{kind}.gguf", cfg.max_bytes)
+    for kind, forecast in found.items():
+        handle_fallbacks(kind, forecast.fallbacks, cfg.fallback)
+        if keep_zeros:
+            require_types_with_zeros(kind, forecast)
+    return found
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """What rounds tensors of a stock file again, from the weights of `model`."""
+
+    model: Checkpoint
+    calibration: Calibration
+    name: str
+    keep_zeros: bool
+    device: str
+
+    def encode(self, path: Path, kind: str) -> Facts:
+        if self.name == "gptq" and kind != "F16":
+            sequences = load_calibration(self.calibration, "train")
+            return encode_file(load_fp32(self.model, self.device), sequences, path, self.keep_zeros)
+        return {"encoder": "llama.cpp", "encoded_tensors": 0}
+
+    def cost_of_zeros(self, path: Path, kind: str) -> Facts:
+        free = partial(replace(self, keep_zeros=False).encode, kind=kind)
+        held = load_calibration(self.calibration, "validation")
+        return cost_of_zeros(load_fp32(self.model, self.device), path, held, free)
 
 
 def write_importance(model: PreTrainedModel, sequences: list[list[int]], path: Path) -> None:
