@@ -9,6 +9,7 @@ import logging
 import time
 from typing import Any
 
+from pipeline import signals
 from pipeline.config import JobConfig
 from pipeline.errors import CheckFailed, ConfigError, DataError, InputMissing, QuotesmithError
 from pipeline.foreign_text import printable
@@ -61,8 +62,13 @@ class Failures:
         log.info("failure: %s/%s is removed, the run is tried again", self.store.uri, self.name)
 
     def remember(self, error: BaseException) -> None:
-        """Write FAILURE.json if no retry can help `error`. Raises nothing: the error itself must come through."""
+        """Write FAILURE.json if no retry can help `error`. Raises nothing: the error itself must come through.
+
+        What is raised after a signal can be what a library has made of it.
+        """
         if not isinstance(error, QuotesmithError) or isinstance(error, Rejected) or error.exit_code not in PERMANENT:
+            return
+        if signals.is_stopping():
             return
         content = {
             "schema_version": SCHEMA_VERSION,

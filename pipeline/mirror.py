@@ -11,11 +11,12 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
+from pipeline.artifacts import ReleasedFile
 from pipeline.errors import DataError, InputMissing, QuotesmithError
 from pipeline.foreign_folder import check_foreign
 from pipeline.manifest import describe
 from pipeline.publish import put_object
-from pipeline.sealed import MARKER, Seal, SealedFile, clear_up, matches, opened, parsed
+from pipeline.sealed import MARKER, Seal, SealedFile, clear_up, matches, parsed
 from pipeline.storage import open_store
 from pipeline.storage.local import TEMPORARY, sync
 
@@ -45,13 +46,9 @@ class Mirror:
 
     def save(self, folder: Path, name: str) -> None:
         """A copy of the sealed `folder`. What is there already is not sent again."""
-        sealed = opened(folder)
-        if sealed is None:
-            raise InputMissing(f"{folder} is not whole, so it is not copied to {self.store.uri}; run again")
-        for file in sealed.files:
-            described = describe(file, folder / file)
+        for file in described(folder):
             self._require_held()
-            put_object(self.store, self._object(name, described.sha256), folder / file, described)
+            put_object(self.store, self._object(name, file.sha256), folder / file.name, file)
         self._require_held()
         self.store.put(self._marker(name), folder / MARKER)
 
@@ -128,6 +125,19 @@ class Mirror:
 
     def _marker(self, name: str) -> str:
         return f"{self.root}/{name}/{MARKER}"
+
+
+def described(folder: Path) -> list[ReleasedFile]:
+    """Its files, each read once; InputMissing unless all are as the marker says."""
+    try:
+        sealed = parsed((folder / MARKER).read_bytes())
+        found = [describe(name, folder / name) for name in sealed.files]
+    except (OSError, ValueError) as e:
+        raise InputMissing(f"{folder} is not whole, so it is not copied; run again") from e
+    for file in found:
+        if sealed.files[file.name] != SealedFile(sha256=file.sha256, size=file.size_bytes):
+            raise InputMissing(f"{folder} is not whole, so it is not copied: {file.name} has changed; run again")
+    return found
 
 
 @contextmanager

@@ -56,7 +56,7 @@ def handle() -> None:
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     for number in STOPS:
         signal.signal(number, on_signal)  # SIGINT is ignored where a shell started this with &
-    signal.signal(signal.SIGALRM, lambda *_: stop())
+    signal.signal(signal.SIGALRM, on_alarm)
     atexit.register(ignore)  # called last, being the first
     os.register_at_fork(before=hold, after_in_parent=let_go, after_in_child=forget)
 
@@ -117,7 +117,8 @@ def patient() -> Iterator[None]:
         yield
     finally:
         state.saves = False
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        if is_stopping():
+            signal.setitimer(signal.ITIMER_REAL, 0)
     if is_stopping():
         stop()
 
@@ -134,6 +135,12 @@ def on_signal(number: int, frame: FrameType | None) -> None:
             signal.setitimer(signal.ITIMER_REAL, SAVING * state.grace_seconds)
         else:
             stop()
+
+
+def on_alarm(number: int, frame: FrameType | None) -> None:
+    """The time for saving is over."""
+    if is_stopping():
+        stop()
 
 
 def stop() -> None:

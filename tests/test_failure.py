@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import json
+import signal
 import time
 from pathlib import Path
 
 import pytest
 
 from pipeline import failure as module
-from pipeline import retrying
+from pipeline import retrying, signals
 from pipeline.bucket import BucketStore
 from pipeline.claim import Claim
 from pipeline.config import JobConfig
@@ -163,6 +164,16 @@ def test_a_process_that_was_overtaken_records_nothing(cfg: JobConfig, store: Sto
             claim.confirm()
         raise DataError("of a process that is too late")
     assert store.stat(NAME) is None and store.read(lease_name("run1")) == b'{"holder": "another"}'
+
+
+def test_what_a_library_has_made_of_a_signal_is_not_recorded(
+    cfg: JobConfig, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(signals.state, "received", signal.SIGINT)
+    with pytest.raises(DataError), Claim(cfg) as claim:
+        claim.run("run1", "1")
+        raise DataError("the model cannot be loaded (interrupted)")
+    assert store.stat(NAME) is None
 
 
 def test_a_failure_before_the_run_is_known_leaves_nothing(cfg: JobConfig) -> None:

@@ -126,12 +126,16 @@ def test_a_copy_for_which_the_disk_has_no_room_is_not_fetched(folder, tmp_path, 
     assert f"it has {len(WEIGHTS)} bytes, but the disk has 7 left" in caplog.text
 
 
-def test_a_folder_that_is_not_whole_is_not_copied(folder, tmp_path):
-    (folder / "model.safetensors").write_bytes(b"torn")
-    mirror = Mirror(str(tmp_path / "bucket"), "run")
+@pytest.mark.parametrize("damage", ["altered", "gone", "no marker", "torn marker"])
+def test_a_folder_that_is_not_whole_is_not_copied(damage, folder, tmp_path):
+    file = folder / (MARKER if "marker" in damage else "model.safetensors")
+    if damage in ("gone", "no marker"):
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:-1] + b"x")
     with pytest.raises(InputMissing, match="not whole"):
-        mirror.save(folder, "a")
-    assert not mirror.holds("a")
+        Mirror(str(tmp_path / "bucket"), "run").save(folder, "a")
+    assert not (tmp_path / "bucket").exists()
 
 
 def test_whole_folders_are_listed_and_removed_by_their_prefix(output, folder):
