@@ -60,9 +60,12 @@ class Checkpoints:
         """The state that `write` puts into an empty folder becomes the newest checkpoint; the third newest goes.
 
         Where the disk has no room for it, the work goes on without: a checkpoint is worth less than the result. When
-        the process is to stop, it does that here, as soon as the checkpoint is copied too.
+        the process is to stop, it does that here, as soon as the checkpoint is copied too. Raises `TryLater` in a start
+        that was overtaken: nobody goes on from its checkpoints, and the hours cost money.
         """
         self._save(step, write)
+        if self.mirror:
+            self.mirror.require_not_overtaken()
         if signals.is_stopping():
             self._wait()
             signals.stop()

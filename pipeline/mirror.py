@@ -95,6 +95,10 @@ class Mirror:
         for name in sorted(names, key=lambda name: not name.endswith(MARKER)):
             self.store.remove(name)
 
+    def require_not_overtaken(self) -> None:
+        if self.owner:
+            self.owner.require_not_overtaken()
+
     def _require_held(self) -> None:
         if self.owner:
             self.owner.require_held()

@@ -9,7 +9,7 @@ from pipeline import checkpoints as module
 from pipeline import signals
 from pipeline.checkpoints import Checkpoints, step_of
 from pipeline.config import ResumeConfig
-from pipeline.errors import ServiceUnavailable
+from pipeline.errors import ServiceUnavailable, TryLater
 from pipeline.mirror import Mirror
 from pipeline.sealed import MARKER
 
@@ -75,6 +75,20 @@ def test_a_process_that_is_to_stop_saves_and_copies_once_more_and_then_stops(tmp
     with pytest.raises(signals.Stopped):
         save(checkpoints, 1)
     assert step_of(at(tmp_path / "elsewhere", mirror, seldom).newest()) == 1
+
+
+def test_training_of_a_start_that_was_overtaken_ends_at_its_next_checkpoint(tmp_path):
+    class Owner:
+        def require_held(self):
+            raise TryLater("it was taken over")
+
+        require_not_overtaken = require_held
+
+    checkpoints = at(tmp_path / "disk", Mirror(str(tmp_path / "bucket"), "run", Owner()))
+    with pytest.raises(TryLater):
+        save(checkpoints, 1)
+    checkpoints.copying.join()
+    assert checkpoints.at(1).exists() and not (tmp_path / "bucket").exists()
 
 
 def test_a_process_that_is_to_stop_stops_also_where_there_is_no_room(tmp_path, monkeypatch):
