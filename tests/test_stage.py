@@ -182,6 +182,16 @@ def test_copies_are_made_where_the_output_is_a_bucket_or_when_asked_for(output, 
     assert (stages.mirror is not None) == copied
 
 
+@pytest.mark.parametrize(
+    ("uri", "upload", "copied"),
+    [("gs://bucket/x", "auto", True), ("folder", "auto", False), ("folder", "always", True)],
+)
+def test_copies_go_where_resume_uri_says(uri, upload, copied, tmp_path):
+    stages = Stages(tmp_path, ResumeConfig(upload=upload, uri=uri))
+    stages.belong_to("gs://another/y" if uri == "folder" else "folder", "run")
+    assert (stages.mirror.store.uri if stages.mirror else None) == (uri if copied else None)
+
+
 @pytest.mark.parametrize("keep", [False, True])
 def test_the_copies_go_when_the_run_is_released_unless_they_are_to_stay(given, tmp_path, bucket, keep):
     stages, run = on_a_machine(tmp_path / "a", bucket, keep=keep)
