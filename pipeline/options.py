@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import click
 
+from pipeline import platforms
 from pipeline.config import SAMPLING
+from pipeline.platforms import Platform
 from pipeline.settings import Setting, all_settings, plain
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+@dataclass
+class Door:
+    """Where the command line was called, and the settings that its flags gave."""
+
+    platform: Platform = field(default_factory=platforms.here)
+    flags: dict[str, Any] = field(default_factory=dict)
 
 
 def job_options(command: Command) -> Command:
@@ -52,4 +63,4 @@ def remember(context: click.Context, parameter: click.Parameter, value: Any) -> 
     """Values stay text here; `settings.resolve` checks them, with their origin in the message."""
     if value not in (None, ()):
         key = str(parameter.name).replace("__", ".")
-        context.ensure_object(dict)[key] = list(value) if isinstance(value, tuple) else value
+        context.ensure_object(Door).flags[key] = list(value) if isinstance(value, tuple) else value
