@@ -20,9 +20,11 @@ import click
 
 from pipeline import __version__, logs, platforms
 from pipeline.errors import MachineError, NotAllowed, QuotesmithError
-from pipeline.options import Door, job_options, sampling_options
+from pipeline.options import Door, job_options, request_options, sampling_options
 from pipeline.platforms import Platform
 from pipeline.redact import one_sentence, redact
+from pipeline.render import PLATFORMS, Request, job_of
+from pipeline.render import render as rendered
 from pipeline.settings import Resolved, as_table, resolve
 from pipeline.signals import Stopped
 
@@ -91,6 +93,17 @@ def config(context: click.Context, config_file: str | None, as_json: bool) -> No
     from pipeline import report
 
     click.echo(json.dumps(table, indent=1) if as_json else report.of_settings(table))
+
+
+@cli.command()
+@click.argument("platform", type=click.Choice(PLATFORMS))
+@request_options
+@job_options
+@click.pass_context
+def render(context: click.Context, /, platform: str, config_file: str | None, **request: Any) -> None:
+    """Print a complete job with these settings for another platform to run."""
+    resolved = resolve(context.ensure_object(Door).flags, os.environ, config_file)
+    click.echo(rendered(platform, job_of(resolved, Request(**request))), nl=False)
 
 
 @cli.command()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
 import click
@@ -11,6 +11,7 @@ import click
 from pipeline import platforms
 from pipeline.config import SAMPLING
 from pipeline.platforms import Platform
+from pipeline.render import Request
 from pipeline.settings import Setting, all_settings, plain
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -41,6 +42,20 @@ def sampling_options(command: Command) -> Command:
             command = click.option(
                 flag, default=default, metavar=setting.values, help=f"{setting.meaning} [default: {default}]"
             )(command)
+    return command
+
+
+def request_options(command: Command) -> Command:
+    """Add the options of `render` that say what a job asks of its platform."""
+    for asked in reversed(fields(Request)):
+        kind = click.IntRange(0 if asked.name == "gpus" else 1) if asked.type == "int" else None
+        command = click.option(
+            f"--{asked.name.replace('_', '-')}",
+            default=asked.default,
+            type=kind,
+            is_flag=asked.type == "bool",
+            help=asked.metadata["help"] + (f" [default: {asked.default}]" if asked.default else ""),
+        )(command)
     return command
 
 
