@@ -257,6 +257,14 @@ def test_the_network_policy_holds_for_the_pods_and_lets_out_what_they_need(sourc
         assert [each["podSelector"]["matchLabels"].items() <= labels.items() for each in rule["from"]] == [True]
 
 
+def test_two_jobs_in_one_namespace_share_nothing_but_the_account():
+    names = []
+    for name in ("one", "two"):
+        job = job_of(resolve({**BUCKETS, "name": name}, {}), Request(nodes=2))
+        names.append({(each["kind"], each["metadata"]["name"]) for each in yaml.safe_load_all(render("k8s", job))})
+    assert names[0] & names[1] == {("ServiceAccount", "quotesmith")}
+
+
 @pytest.mark.parametrize("source", ["overlays/indexed-job", "k8s --nodes 2"])
 def test_the_nodes_of_an_indexed_job_find_the_first(source):
     objects = objects_of(source)

@@ -199,6 +199,18 @@ def test_sagemaker_takes_the_request_and_its_container_gets_the_same_settings(tm
     assert sources == GIVEN["input"]
 
 
+def test_a_server_takes_the_request_of_sagemaker(s3_server, monkeypatch):
+    import boto3
+
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    keys = {"aws_access_key_id": "testing", "aws_secret_access_key": "testing", "region_name": "us-east-1"}
+    client = boto3.client("sagemaker", endpoint_url=s3_server, **keys)
+    asked, _ = training_job(render("sagemaker", job(identity=ROLE)))
+    client.create_training_job(**asked)
+    described = client.describe_training_job(TrainingJobName=asked["TrainingJobName"])
+    assert described["HyperParameters"] == asked["HyperParameters"]
+
+
 def check_patterns(value, shape):
     """What botocore leaves to the service: patterns of names."""
     if shape.type_name == "structure":

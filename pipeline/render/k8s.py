@@ -9,7 +9,7 @@ import yaml
 
 from pipeline.errors import ConfigError
 from pipeline.render import Job, refuse, require_buckets
-from pipeline.render.pod import ACCOUNT, SETTINGS, Object, failure_policy, labels, template, where
+from pipeline.render.pod import ACCOUNT, Object, failure_policy, labels, settings_of, template, where
 
 CONTAINER = "quotesmith"
 KEPT_SECONDS = 24 * 3600  # a finished job, for whoever wants to read its log
@@ -23,24 +23,31 @@ def render(job: Job) -> str:
     return as_yaml([*surroundings(job, job.name), *workload(job, job.name)])
 
 
+class Dumper(yaml.SafeDumper):
+    """Without anchors: an object that stands in two places is written twice."""
+
+    def ignore_aliases(self, data: object) -> bool:
+        return True
+
+
 def as_yaml(objects: list[Object]) -> str:
-    return yaml.dump_all(objects, Dumper=yaml.SafeDumper, sort_keys=False, allow_unicode=True, width=110)
+    return yaml.dump_all(objects, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 
 def surroundings(job: Job, name: str) -> list[Object]:
-    return [service_account(job), config_map(job), network_policy(job, name)]
+    return [service_account(job), config_map(job, name), network_policy(job, name)]
 
 
 def service_account(job: Job) -> Object:
-    account = head("v1", "ServiceAccount", ACCOUNT, name="")
+    account = head("v1", "ServiceAccount", ACCOUNT)  # of all jobs
     if identity := job.request.identity:
         annotation = next(text for start, text in IDENTITIES.items() if identity.startswith(start))
         account["metadata"]["annotations"] = {annotation: identity}
     return {**account, "automountServiceAccountToken": False}
 
 
-def config_map(job: Job) -> Object:
-    return {**head("v1", "ConfigMap", SETTINGS, name=""), "data": job.env()}
+def config_map(job: Job, name: str) -> Object:
+    return {**head("v1", "ConfigMap", settings_of(name), of=name), "data": job.env()}
 
 
 def network_policy(job: Job, name: str) -> Object:
@@ -49,13 +56,13 @@ def network_policy(job: Job, name: str) -> Object:
         {"ports": [{"protocol": protocol, "port": 53} for protocol in ("UDP", "TCP")]},
         {"ports": [{"protocol": "TCP", "port": 443}]},
     ]
-    selector = {"matchLabels": {"app.kubernetes.io/name": "quotesmith"}}
-    spec: Object = {"podSelector": selector, "policyTypes": ["Ingress", "Egress"], "ingress": [], "egress": egress}
+    pods = {"matchLabels": labels(name)}
+    spec: Object = {"podSelector": pods, "policyTypes": ["Ingress", "Egress"], "ingress": [], "egress": egress}
     if job.request.nodes > 1:  # NCCL and gloo choose their ports themselves
-        peers = [{"podSelector": {"matchLabels": labels(name)}}]
+        peers = [{"podSelector": dict(pods)}]
         spec["ingress"] = [{"from": peers}]
         egress.append({"to": peers})
-    return {**head("networking.k8s.io/v1", "NetworkPolicy", "quotesmith", name=""), "spec": spec}
+    return {**head("networking.k8s.io/v1", "NetworkPolicy", name, of=name), "spec": spec}
 
 
 def workload(job: Job, name: str) -> list[Object]:
@@ -63,7 +70,7 @@ def workload(job: Job, name: str) -> list[Object]:
 
 
 def one_node(job: Job, name: str) -> Object:
-    return {**head("batch/v1", "Job", name, name=name), "spec": job_spec(job, template(job, name, CONTAINER))}
+    return {**head("batch/v1", "Job", name, of=name), "spec": job_spec(job, template(job, name, CONTAINER))}
 
 
 def job_spec(job: Job, pod: Object) -> Object:
@@ -85,13 +92,13 @@ def indexed(job: Job, name: str) -> list[Object]:
     numbered = {"completionMode": "Indexed", "completions": nodes, "parallelism": nodes}
     return [
         service(name),
-        {**head("batch/v1", "Job", name, name=name), "spec": {**numbered, **job_spec(job, pod)}},
+        {**head("batch/v1", "Job", name, of=name), "spec": {**numbered, **job_spec(job, pod)}},
     ]
 
 
 def service(name: str) -> Object:
     spec = {"clusterIP": "None", "publishNotReadyAddresses": True, "selector": labels(name)}
-    return {**head("v1", "Service", name, name=name), "spec": spec}
+    return {**head("v1", "Service", name, of=name), "spec": spec}
 
 
 def job_set(job: Job, name: str) -> Object:
@@ -99,7 +106,7 @@ def job_set(job: Job, name: str) -> Object:
     if job.request.nodes < 2:
         raise ConfigError("a JobSet is for several nodes; ask for at least two, or for a Job")
     return {
-        **head("jobset.x-k8s.io/v1alpha2", "JobSet", name, name=name),
+        **head("jobset.x-k8s.io/v1alpha2", "JobSet", name, of=name),
         "spec": job_set_spec(job, name, WORKERS, CONTAINER, where(f"{name}-{WORKERS}-0-0.{name}", job.request.nodes)),
     }
 
@@ -137,7 +144,7 @@ def job_set_spec(job: Job, name: str, group: str, container: str, env: Object | 
     }
 
 
-def head(version: str, kind: str, object_name: str, *, name: str) -> Object:
-    """`name` is the job's, where the object belongs to one job only."""
-    marks = labels(name) if name else {"app.kubernetes.io/name": "quotesmith"}
-    return {"apiVersion": version, "kind": kind, "metadata": {"name": object_name, "labels": marks}}
+def head(version: str, kind: str, name: str, *, of: str = "") -> Object:
+    """`of` is the one job that the object belongs to."""
+    marks = labels(of) if of else {"app.kubernetes.io/name": "quotesmith"}
+    return {"apiVersion": version, "kind": kind, "metadata": {"name": name, "labels": marks}}

@@ -12,10 +12,14 @@ from pipeline.render import USER, Job
 Object = dict[str, Any]
 
 ACCOUNT = "quotesmith"
-SETTINGS = "quotesmith-settings"  # a ConfigMap of environment variables
 SECRETS = "quotesmith-secrets"  # a Secret of environment variables, if there is one: HF_TOKEN, AWS_…
 GPU = "nvidia.com/gpu"
 SHM_GIB = 1  # counts as memory; NCCL and torch's loaders pass tensors through it
+
+
+def settings_of(name: str) -> str:
+    """The ConfigMap of environment variables of one job."""
+    return f"{name}-settings"
 
 
 def labels(name: str) -> Object:
@@ -48,7 +52,7 @@ def template(job: Job, name: str, container: str, env: Object | None = None) -> 
                 "workingDir": "/work",
                 "env": as_env({"QUOTESMITH_GRACE_SECONDS": str(job.grace_seconds), **(env or {})}),
                 "envFrom": [
-                    {"configMapRef": {"name": SETTINGS}},
+                    {"configMapRef": {"name": settings_of(name)}},
                     {"secretRef": {"name": SECRETS, "optional": True}},
                 ],
                 "resources": resources(job),

@@ -24,13 +24,13 @@ def train_job(job: Job, name: str) -> list[Object]:
     replicated["metadata"] = {"labels": STEP}
     for counted in ("completions", "parallelism"):  # from numNodes
         del replicated["spec"][counted]
-    runtime = head(API, "TrainingRuntime", name, name=name)
+    runtime = head(API, "TrainingRuntime", name, of=name)
     runtime["metadata"]["labels"] |= {"trainer.kubeflow.org/framework": "torch"}
     policy: Object = {"numNodes": nodes, "torch": {}}
     return [
         {**runtime, "spec": {"mlPolicy": policy, "template": {"spec": spec}}},
         {
-            **head(API, "TrainJob", name, name=name),
+            **head(API, "TrainJob", name, of=name),
             "spec": {
                 "runtimeRef": {"apiGroup": API.partition("/")[0], "kind": "TrainingRuntime", "name": name},
                 "trainer": {"numNodes": nodes},
