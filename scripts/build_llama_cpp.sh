@@ -69,8 +69,9 @@ failed() {
 }
 
 need_tools() {
-    command -v "${CC:-cc}" >/dev/null && command -v "${CXX:-c++}" >/dev/null ||
+    if ! command -v "${CC:-cc}" >/dev/null || ! command -v "${CXX:-c++}" >/dev/null; then
         die "no C++ compiler (${CXX:-c++}) found; install one (Debian, Ubuntu: apt-get install g++) and run again"
+    fi
     local missing=()
     command -v cmake >/dev/null || missing+=(cmake)
     command -v ninja >/dev/null || missing+=(ninja)
