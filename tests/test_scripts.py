@@ -17,7 +17,7 @@ from pipeline.render import Request, job_of, render
 from pipeline.settings import resolve
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = sorted([*ROOT.glob("scripts/*.sh"), ROOT / ".ci" / "run"])
+SCRIPTS = sorted([*ROOT.glob("scripts/**/*.sh"), ROOT / ".ci" / "run"])
 ROLE = "arn:aws:iam::123456789012:role/quotesmith"
 CLIENT = """#!/bin/sh
 printf '%s\\n' "$@" >"$0.arguments"
