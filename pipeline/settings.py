@@ -106,7 +106,10 @@ def resolve(
     for given, where in reversed(sources):
         values |= given
         origins |= where
-    return Resolved(validated(values, origins), origins)
+    config = validated(values, origins)
+    if platform:
+        platform.check(config)
+    return Resolved(config, origins)
 
 
 def from_flags(flags: Mapping[str, Any]) -> Source:

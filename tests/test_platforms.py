@@ -1,17 +1,23 @@
 """What each platform puts into a container, and what it reads back: its own files and variables, the whole command
 line. A root folder of each test's own stands for the container's."""
 
+import io
 import json
+import logging
 import os
 import subprocess
 import sys
+from contextlib import chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 
 import entrypoint
-from pipeline import platforms
+from pipeline import platforms, signals
 from pipeline.errors import ConfigError
+from pipeline.options import Door
 from pipeline.platforms import Nodes
 from pipeline.redact import LONGEST_SENTENCE
 from pipeline.settings import resolve
@@ -35,16 +41,24 @@ VERTEX = {
 }
 
 
+def environment(more):
+    return {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)} | (more or {})
+
+
 def command(root, *args, env=None):
-    """The command line as process 1 would be started, with `root` for its file system."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
-    return subprocess.run(
-        [sys.executable, "-c", COMMAND, root, *args],
-        capture_output=True,
-        text=True,
-        env={**clean, "PYTHONPATH": str(ROOT), **(env or {})},
-        cwd=root,
-    )
+    """The command line in this process, with `root` for its file system."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        patch.dict(os.environ, environment(env), clear=True),
+        patch.object(signals.state, "grace_seconds", 10.0),
+        patch.object(logging.getLogger(), "handlers", []),
+        chdir(root),
+        redirect_stdout(out),
+        redirect_stderr(err),
+    ):
+        door = Door(platforms.find(os.environ, root))
+        code = entrypoint.exit_code_of(lambda: entrypoint.cli(args, standalone_mode=False, obj=door), door.platform)
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 def origins(done):
@@ -208,6 +222,30 @@ def test_what_vertex_gives_wrongly_ends_in_78_with_one_sentence(spec, sentence, 
     done = command(tmp_path, "run", env={**VERTEX, "CLUSTER_SPEC": spec})
     assert done.returncode == 78, done.stderr
     assert sentence in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ({"output": "/gcs/bucket/models"}, "use gs://bucket/models"),
+        ({"resume.uri": "/gcs/bucket/c"}, "use gs://bucket/c"),
+        ({"work_dir": "/gcs/bucket/work"}, "a folder elsewhere"),
+    ],
+)
+def test_vertexs_view_of_buckets_is_not_written_to(flags, sentence, tmp_path):
+    vertex = platforms.find(VERTEX, tmp_path)
+    with pytest.raises(ConfigError, match=sentence):
+        resolve(flags, {}, None, vertex)
+    assert resolve({"input": "/gcs/bucket/quotes"}, {}, None, vertex).config.input == ("/gcs/bucket/quotes",)
+
+
+def test_the_program_itself_looks_where_it_is(training_job):
+    root = training_job({"train.epochs": "none"})
+    started = [sys.executable, "-c", COMMAND, root, "train"]
+    env = {**environment({}), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(started, capture_output=True, text=True, env=env, cwd=root)
+    assert done.returncode == 78, done.stderr
+    assert "train.epochs is 'none' (hyperparameter" in (root / "opt/ml/output/failure").read_text()
 
 
 @pytest.mark.parametrize("env", [{}, POD, POD | {"PET_NNODES": "1"}])

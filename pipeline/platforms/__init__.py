@@ -14,6 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+from pipeline.config import JobConfig
 from pipeline.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,9 @@ class Platform(Protocol):
 
     def places(self) -> Values:
         """Settings that beat only the defaults: paths of the platform, its grace period."""
+
+    def check(self, cfg: JobConfig) -> None:
+        """Raises `ConfigError` for settings that cannot work there."""
 
     def nodes(self) -> Nodes:
         """Raises `ConfigError` for what cannot be understood."""

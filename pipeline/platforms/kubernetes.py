@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.config import JobConfig
 from pipeline.platforms import MASTER_PORT, Nodes, Values, integer, leave_note
 
 TERMINATION_LOG = Path("dev/termination-log")  # terminationMessagePath's default; the kubelet reads 4,096 bytes of it
@@ -29,6 +30,9 @@ class Kubernetes:
 
     def places(self) -> Values:
         return {"grace_seconds": (GRACE_SECONDS, "Kubernetes' default")}
+
+    def check(self, cfg: JobConfig) -> None:
+        """Nothing is impossible here."""
 
     def nodes(self) -> Nodes:
         count = integer(self.env, "NNODES", 1)

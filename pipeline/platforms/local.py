@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.config import JobConfig
 from pipeline.platforms import Nodes, Values
 
 
@@ -18,6 +19,9 @@ class Local:
 
     def places(self) -> Values:
         return {}
+
+    def check(self, cfg: JobConfig) -> None:
+        """Nothing is impossible here."""
 
     def nodes(self) -> Nodes:
         return Nodes()

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.config import JobConfig
 from pipeline.errors import ConfigError
 from pipeline.platforms import Nodes, Values, leave_note, read_object
 
@@ -65,6 +66,9 @@ class SageMaker:
             names = ", ".join(name for name, _ in quotes)
             found["input"] = ([folder for _, folder in quotes], f"SageMaker channel {names}")  # type: ignore[assignment]
         return found
+
+    def check(self, cfg: JobConfig) -> None:
+        """Nothing is impossible here."""
 
     def nodes(self) -> Nodes:
         config = self._read(HOSTS)

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.config import JobConfig
 from pipeline.errors import ConfigError
 from pipeline.platforms import MASTER_PORT, Nodes, Values, read_object
 
 SETTINGS = {"AIP_MODEL_DIR": "output", "AIP_CHECKPOINT_DIR": "resume.uri"}
+FUSE = "/gcs/"
 SPEC = "CLUSTER_SPEC"
 POOLS = ("workerpool0", "workerpool1")  # the primary replica, the others
 MARKS = (SPEC, "CLOUD_ML_JOB_ID", *SETTINGS)
@@ -33,6 +35,15 @@ class Vertex:
     def places(self) -> Values:
         named = {key: (name, self.env.get(name, "").rstrip("/")) for name, key in SETTINGS.items()}
         return {key: (value, f"Vertex AI's {name}") for key, (name, value) in named.items() if value}
+
+    def check(self, cfg: JobConfig) -> None:
+        """/gcs/… shows buckets as folders, without locks, links and renames that are all or nothing."""
+        for key, path in (("output", cfg.output), ("resume.uri", cfg.resume.uri), ("work_dir", str(cfg.work_dir))):
+            if path.startswith(FUSE):
+                raise ConfigError(
+                    f"{key} is {path}, which a job can only read from; "
+                    + ("choose a folder elsewhere" if key == "work_dir" else f"use gs://{path.removeprefix(FUSE)}")
+                )
 
     def nodes(self) -> Nodes:
         if not self.env.get(SPEC):
