@@ -73,6 +73,13 @@ LABEL org.opencontainers.image.title="quotesmith" \
     org.opencontainers.image.revision="${REVISION}"
 
 
+# --target sagemaker: SageMaker's own folders under /opt/ml belong to root, and no setting of a job names another user
+# (github.com/aws/sagemaker-python-sdk/pull/4325).
+FROM runtime AS sagemaker
+# hadolint ignore=DL3002
+USER 0:0
+
+
 # --target with-model: the base model inside, for jobs without any network.
 FROM dependencies AS model
 ARG BASE_MODEL=openai-community/gpt2
