@@ -45,7 +45,7 @@ RUN bash /build/trim.sh /opt/venv \
 FROM build AS program
 COPY entrypoint.py pyproject.toml LICENSE README.md /opt/quotesmith/
 COPY pipeline /opt/quotesmith/pipeline
-RUN python3 -m compileall -q --invalidation-mode unchecked-hash /opt/quotesmith
+RUN chmod -R a+rX /opt/quotesmith && python3 -m compileall -q --invalidation-mode unchecked-hash /opt/quotesmith
 
 
 FROM ${BASE} AS runtime

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -43,9 +44,12 @@ def kubectl():
 
 @cache
 def built(folder):
-    """The objects of a folder of k8s/, as kustomize makes them."""
+    return kustomized(ROOT / "k8s" / folder)
+
+
+def kustomized(folder):
     done = subprocess.run(
-        [kubectl(), "kustomize", ROOT / "k8s" / folder], capture_output=True, text=True, env={"HOME": "/nonexistent"}
+        [kubectl(), "kustomize", folder], capture_output=True, text=True, env={"HOME": "/nonexistent"}
     )
     assert done.returncode == 0, done.stderr
     return list(yaml.safe_load_all(done.stdout))
@@ -332,6 +336,25 @@ def test_overlays_say_who_the_pod_is_and_where_it_goes():
     assert {"cloud.google.com/gke-spot", "nvidia.com/gpu"} == {each["key"] for each in pod["tolerations"]}
     (job,) = kind(built("overlays/kueue"), "Job")
     assert job["spec"]["suspend"] and job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"]
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_a_kustomization_of_ones_own_sets_image_settings_and_namespace(folder, tmp_path):
+    own = {
+        "resources": [os.path.relpath(ROOT / "k8s" / folder, tmp_path.resolve())],
+        "namespace": "voices",
+        "images": [{"name": "quotesmith", "newName": "registry/quotesmith", "newTag": "1"}],
+        "configMapGenerator": [
+            {"name": "quotesmith-settings", "behavior": "merge", "literals": ["QUOTESMITH_OUTPUT=gs://mine"]}
+        ],
+    }
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(own))
+    objects = kustomized(tmp_path)
+    *_, container = only_job(objects)
+    assert container["image"] == "registry/quotesmith:1"
+    (settings,) = kind(objects, "ConfigMap")
+    assert settings["data"]["QUOTESMITH_OUTPUT"] == "gs://mine" and "QUOTESMITH_INPUT" in settings["data"]
+    assert {each["metadata"]["namespace"] for each in objects} == {"voices"}
 
 
 @pytest.mark.parametrize(
