@@ -11,7 +11,7 @@ import yaml
 from click.testing import CliRunner
 
 import entrypoint
-from pipeline import errors, evaluate, platforms
+from pipeline import errors, platforms
 from pipeline.errors import ConfigError
 from pipeline.options import Door
 from pipeline.render import PLATFORMS, Request, job_of, render, sagemaker
@@ -89,9 +89,15 @@ def test_docker_mounts_this_machines_paths(tmp_path, monkeypatch):
         reversed(words[i + 1].removesuffix(":ro").split(":")) for i, word in enumerate(words) if word == "--volume"
     )
     assert mounts[found.input[0]] == str(tmp_path / "my quotes") and found.input[1] == "gs://b/x.txt"
-    assert mounts[found.output] == str(tmp_path / "models")
+    assert mounts[found.output] == str(tmp_path / "models") and (tmp_path / "models").is_dir()
     assert f"{tmp_path / 'my quotes'}:{found.input[0]}:ro" in words
     assert mounts["/work"] == "quotesmith-gpt2-ye-trump-work"
+
+
+def test_docker_mounts_the_folder_of_a_pattern(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = options_of(render("docker", job({"input": ["quotes/*.txt"]})))
+    assert f"{tmp_path / 'quotes'}:/data/0:ro" in words and read_back(env_of(words)).input == ("/data/0/*.txt",)
 
 
 def test_docker_keeps_what_comes_out_also_when_no_output_is_given(tmp_path, monkeypatch):
@@ -248,6 +254,8 @@ LOGGED = [  # formats of our log calls, each with what could stand there
 
 
 def test_the_metrics_of_sagemaker_are_found_in_our_log_lines():
+    from pipeline import evaluate
+
     source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "pipeline").glob("*.py"))
     assert all(f'"{form}"' in source for form, _ in LOGGED)
     change = evaluate.change(evaluate.Interval(value=1.001, low=0.993, high=1.01))
@@ -283,6 +291,7 @@ def test_the_command_prints_a_job_for_every_platform(tmp_path):
         ("sagemaker", GIVEN, {"identity": ROLE, "cpus": 8}, "--cpus means nothing"),
         ("vertex", GOOGLE, {"gpus": 3}, "--machine"),
         ("vertex", GOOGLE, {"machine": "e2-standard-4"}, "e2-standard-4 has no GPU"),
+        ("docker", {"input": ["quo*/a.txt"]}, {}, "whose folder is a pattern"),
         ("docker", GIVEN, {"nodes": 2}, "--nodes means nothing to docker"),
         ("k8s", GIVEN, {"spot": True}, "--spot means nothing to k8s"),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
+from pipeline.errors import ConfigError
 from pipeline.render import Job, as_text, refuse
 from pipeline.settings import all_settings
 from pipeline.storage import scheme_of
@@ -21,7 +22,7 @@ GOOGLE_KEY = "/run/secrets/google.json"
 
 def render(job: Job) -> str:
     refuse(job, "docker", "nodes", "hours", "starts", "spot", "identity", "machine", "disk_gib")
-    mounts, places = mounted(job)
+    mounts, places, written = mounted(job)
     request = job.request
     options = ["--rm", "--name", job.name, "--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges"]
     options += ["--gpus", str(request.gpus)] if request.gpus else []
@@ -40,7 +41,9 @@ def render(job: Job) -> str:
     if "gs" in schemes:
         shell.append(f'${{{GOOGLE}:+--volume "${GOOGLE}:{GOOGLE_KEY}:ro" --env {GOOGLE}={GOOGLE_KEY}}}')
     words = [shlex.join(["docker", "run", *options]), *shell, shlex.quote(request.image), "run"]
-    return " ".join(words) + "\n"
+    # docker would make a folder that is missing for root, and the job is not root
+    before = [shlex.join(["mkdir", "-p", *written]), "&&"] if written else []
+    return " ".join([*before, *words]) + "\n"
 
 
 def places_of(job: Job) -> list[str]:
@@ -51,20 +54,35 @@ def places_of(job: Job) -> list[str]:
     return found
 
 
-def mounted(job: Job) -> tuple[list[str], dict[str, str]]:
-    """Options that mount this machine's paths, and the settings with their paths in the container."""
+def is_glob(text: str) -> bool:
+    return bool(set("*?[") & set(text))
+
+
+def mounted(job: Job) -> tuple[list[str], dict[str, str], list[str]]:
+    """Options that mount this machine's paths, the settings with their paths in the container, the written folders."""
     options: list[str] = []
+    written: list[str] = []
     inside: dict[tuple[str, str], str] = {}
     for number, (key, path) in enumerate(job.local_paths()):
         outside = Path(path.removeprefix("file://")).expanduser().absolute()
-        written = key in ("output", "resume.uri")
-        inside[key, path] = f"/data/{number}" if written else f"/data/{number}/{outside.name}"
-        options += ["--volume", f"{outside}:{inside[key, path]}" + ("" if written else ":ro")]
+        if key in ("output", "resume.uri"):
+            inside[key, path] = f"/data/{number}"
+            options += ["--volume", f"{outside}:/data/{number}"]
+            written.append(str(outside))
+        else:
+            inside[key, path] = f"/data/{number}/{outside.name}"
+            source, target = outside, inside[key, path]
+            if is_glob(outside.name):
+                source, target = outside.parent, f"/data/{number}"
+            if is_glob(str(source)):
+                raise ConfigError(f"{key} is {path}, whose folder is a pattern; name the folders for docker to mount")
+            options += ["--volume", f"{source}:{target}:ro"]
     if "output" not in job.settings:
         outside = Path(job.config.output).absolute()
         options += ["--volume", f"{outside}:/data/output"]
         inside["output", ""] = "/data/output"
+        written.append(str(outside))
     places = {key: place for (key, _), place in inside.items() if key != "input"}
     if any(key == "input" for key, _ in inside):
         places["input"] = as_text([inside.get(("input", each), each) for each in job.settings["input"]])
-    return options, places
+    return options, places, written
