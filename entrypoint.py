@@ -12,15 +12,19 @@ import json
 import logging
 import os
 import traceback
+from pathlib import Path
 from signal import SIGINT, SIGTERM
 from typing import Any
 
 import click
 
-from pipeline import __version__, logs
+from pipeline import __version__, logs, platforms
 from pipeline.errors import MachineError, NotAllowed, QuotesmithError
-from pipeline.options import job_options, sampling_options
-from pipeline.redact import redact
+from pipeline.options import Door, job_options, request_options, sampling_options
+from pipeline.platforms import Platform
+from pipeline.redact import one_sentence, redact
+from pipeline.render import PLATFORMS, Request, job_of
+from pipeline.render import render as rendered
 from pipeline.settings import Resolved, as_table, resolve
 from pipeline.signals import Stopped
 
@@ -42,7 +46,8 @@ def cli() -> None:
 
 def settled(context: click.Context, config_file: str | None) -> Resolved:
     """All settings from all their places, and logging as they ask for it."""
-    resolved = resolve(context.obj or {}, os.environ, config_file)
+    door = context.ensure_object(Door)
+    resolved = resolve(door.flags, os.environ, config_file, door.platform)
     logs.configure(resolved.config.log_format)
     signals.state.grace_seconds = resolved.config.grace_seconds
     return resolved
@@ -55,6 +60,7 @@ def settled(context: click.Context, config_file: str | None) -> Resolved:
 def run(context: click.Context, config_file: str | None, retry_failed: bool) -> None:
     """Run the whole job and publish the release."""
     resolved = settled(context, config_file)
+    platforms.require_one_node(context.obj.platform)
     from pipeline import job, report
 
     with signals.unwinding():
@@ -87,6 +93,17 @@ def config(context: click.Context, config_file: str | None, as_json: bool) -> No
     from pipeline import report
 
     click.echo(json.dumps(table, indent=1) if as_json else report.of_settings(table))
+
+
+@cli.command()
+@click.argument("platform", type=click.Choice(PLATFORMS))
+@request_options
+@job_options
+@click.pass_context
+def render(context: click.Context, /, platform: str, config_file: str | None, **request: Any) -> None:
+    """Print a complete job with these settings for another platform to run."""
+    resolved = resolve(context.ensure_object(Door).flags, os.environ, config_file)
+    click.echo(rendered(platform, job_of(resolved, Request(**request))), nl=False)
 
 
 @cli.command()
@@ -129,11 +146,12 @@ def verify(uri: str) -> None:
 cli.add_command(run, "train")  # SageMaker starts an image with the one argument `train`
 
 
-def main() -> None:
+def main(root: Path = Path("/")) -> None:
     """Run the command line; end with the exit code of `pipeline/errors.py`, and a traceback only for our bugs."""
     signals.handle()
     prepare_environment()
-    signals.leave(exit_code_of(lambda: cli(standalone_mode=False)))
+    platform = platforms.find(os.environ, root)
+    signals.leave(exit_code_of(lambda: cli(standalone_mode=False, obj=Door(platform)), platform))
 
 
 def prepare_environment() -> None:
@@ -145,29 +163,32 @@ def prepare_environment() -> None:
         os.environ.setdefault("TQDM_DISABLE", "1")
 
 
-def exit_code_of(command: Any) -> int:
+def exit_code_of(command: Any, platform: Platform | None = None) -> int:
     try:
         return int(command() or 0)
     except SystemExit:
         raise
     except BaseException as e:
-        return code_of(e)
+        code, sentence = verdict(e)
+        if platform and code:
+            platform.report(one_sentence(sentence))
+        return code
 
 
-def code_of(error: BaseException) -> int:
-    """The exit code for an error that is being handled, after a word about it."""
+def verdict(error: BaseException) -> tuple[int, str]:
+    """The exit code for an error that is being handled, and why in a sentence, which stderr has now."""
     stop = signals.state.received  # whatever it became on its way up
     if stop or isinstance(error, KeyboardInterrupt | click.Abort | Stopped):
         stop = stop or (SIGTERM if isinstance(error, Stopped) else SIGINT)
         click.echo(signals.sentence(stop), err=True)
-        return 128 + stop
+        return 128 + stop, signals.sentence(stop)
     if isinstance(error, click.exceptions.Exit):
-        return error.exit_code
+        return error.exit_code, ""
     if isinstance(error, click.ClickException):
         said = io.StringIO()
         error.show(said)
         click.echo(redact(said.getvalue()), err=True, nl=False)
-        return error.exit_code
+        return error.exit_code, error.format_message()
     if isinstance(error, QuotesmithError):
         return fail(error)
     if isinstance(error, PermissionError):
@@ -175,16 +196,16 @@ def code_of(error: BaseException) -> int:
     if isinstance(error, OSError) and error.errno in NO_SPACE:
         return fail(MachineError(f"the disk is full ({error.filename or 'writing'}); free space and run again"))
     click.echo(redact("".join(traceback.format_exception(error))), err=True)
-    return 70
+    return 70, f"a bug of quotesmith, whose traceback is in the log: {type(error).__name__}: {error}"
 
 
-def fail(error: QuotesmithError) -> int:
+def fail(error: QuotesmithError) -> tuple[int, str]:
     """The sentence, once: as a log line when the log is JSON, else plainly."""
     if logs.as_json():
         log.error("error: %s", error)
     else:
         click.echo(f"error: {redact(str(error))}", err=True)
-    return error.exit_code
+    return error.exit_code, str(error)
 
 
 if __name__ == "__main__":

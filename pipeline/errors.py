@@ -3,9 +3,12 @@
 A message is one sentence or two: what was found, what was needed, what to do.
 """
 
+USAGE = 2  # click's exit code for a command line that cannot be understood
+
 
 class QuotesmithError(Exception):
     exit_code = 70
+    retry_helps = False  # another attempt, perhaps on another machine, can end otherwise
 
 
 class DataError(QuotesmithError):
@@ -24,6 +27,7 @@ class ServiceUnavailable(QuotesmithError):
     """A hub or bucket did not answer, or a GPU was asked for and none is visible."""
 
     exit_code = 69
+    retry_helps = True
 
 
 class CheckFailed(QuotesmithError):
@@ -37,6 +41,7 @@ class MachineError(QuotesmithError):
     """The machine: disk full, memory short."""
 
     exit_code = 71
+    retry_helps = True
 
 
 class TargetTaken(QuotesmithError):
@@ -49,12 +54,14 @@ class TransferError(QuotesmithError):
     """A transfer is corrupt or keeps failing."""
 
     exit_code = 74
+    retry_helps = True
 
 
 class TryLater(QuotesmithError):
     """Temporary: another live run, a device error."""
 
     exit_code = 75
+    retry_helps = True
 
 
 class NotAllowed(QuotesmithError):
@@ -67,3 +74,9 @@ class ConfigError(QuotesmithError):
     """Settings that cannot work, alone or together."""
 
     exit_code = 78
+
+
+def no_retry_helps() -> list[int]:
+    """The exit codes after which a scheduler should not start the job again. Not those of signals: 130, 143."""
+    kinds: list[type[QuotesmithError]] = [QuotesmithError, *QuotesmithError.__subclasses__()]
+    return sorted({USAGE, *(kind.exit_code for kind in kinds if not kind.retry_helps)})

@@ -15,7 +15,7 @@ from pipeline.errors import CheckFailed, ConfigError, DataError, InputMissing, Q
 from pipeline.foreign_text import printable
 from pipeline.manifest import as_json
 from pipeline.metrics import gpu_name, versions
-from pipeline.redact import redact
+from pipeline.redact import LONGEST_SENTENCE, one_sentence
 from pipeline.rejection import Rejected
 from pipeline.retrying import within
 from pipeline.stage import code_digest
@@ -25,7 +25,6 @@ log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 WRITE_SECONDS = 10.0  # the failure itself must not wait for a bucket that is away
-LONGEST_SENTENCE = 1000  # characters; a termination log takes no more
 # By exit code, those that come again with the same settings, inputs and image. Not 77: rights are granted beside all
 # three, take minutes to spread, and preflight looks at them within seconds. Not 73: what stands in the output is looked
 # at first in every start, and may have been moved away. A bug of ours has no class here: nobody knows whether it stays.
@@ -74,7 +73,7 @@ class Failures:
             "schema_version": SCHEMA_VERSION,
             "run_id": self.run_id,
             "exit_code": error.exit_code,
-            "error": redact(str(error))[:LONGEST_SENTENCE],
+            "error": one_sentence(str(error)),
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             **self.same,
         }

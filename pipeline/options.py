@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
 import click
 
+from pipeline import platforms
 from pipeline.config import SAMPLING
+from pipeline.platforms import Platform
+from pipeline.render import Request
 from pipeline.settings import Setting, all_settings, plain
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+@dataclass
+class Door:
+    """Where the command line was called, and the settings that its flags gave."""
+
+    platform: Platform = field(default_factory=platforms.here)
+    flags: dict[str, Any] = field(default_factory=dict)
 
 
 def job_options(command: Command) -> Command:
@@ -33,6 +45,20 @@ def sampling_options(command: Command) -> Command:
     return command
 
 
+def request_options(command: Command) -> Command:
+    """Add the options of `render` that say what a job asks of its platform."""
+    for asked in reversed(fields(Request)):
+        kind = click.IntRange(0 if asked.name == "gpus" else 1) if asked.type == "int" else None
+        command = click.option(
+            f"--{asked.name.replace('_', '-')}",
+            default=asked.default,
+            type=kind,
+            is_flag=asked.type == "bool",
+            help=asked.metadata["help"] + (f" [default: {asked.default}]" if asked.default else ""),
+        )(command)
+    return command
+
+
 def option(setting: Setting) -> Callable[[Command], Command]:
     default = plain(setting.field.default)
     shown = ",".join(default) if isinstance(default, list) else default
@@ -52,4 +78,4 @@ def remember(context: click.Context, parameter: click.Parameter, value: Any) -> 
     """Values stay text here; `settings.resolve` checks them, with their origin in the message."""
     if value not in (None, ()):
         key = str(parameter.name).replace("__", ".")
-        context.ensure_object(dict)[key] = list(value) if isinstance(value, tuple) else value
+        context.ensure_object(Door).flags[key] = list(value) if isinstance(value, tuple) else value

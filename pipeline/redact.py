@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from urllib.parse import quote
 
 HIDDEN = "[secret]"
+LONGEST_SENTENCE = 1000  # characters; SageMaker shows 1,024, Kubernetes keeps 4,096 bytes
 SHORTEST = 8  # characters of an environment variable's value; "false" and "testing" are no secrets
 
 QUERY = (
@@ -48,6 +49,11 @@ def redact(text: str) -> str:
     for shape in SHAPES:
         text = shape.sub(rf"\g<1>{HIDDEN}", text)
     return text
+
+
+def one_sentence(text: str) -> str:
+    """`text` for whatever a platform shows of a failure: without secrets, in one line, at most `LONGEST_SENTENCE`."""
+    return " ".join(redact(text).split())[:LONGEST_SENTENCE]
 
 
 def of_environment() -> Iterator[str]:

@@ -1,4 +1,5 @@
-"""Every value of a job with its origin: flag, environment, --config file or default, the highest first.
+"""Every value of a job with its origin, the highest first: flag, what the platform was given for the job (SageMaker's
+hyperparameters), environment, --config file, the platform's own paths, default.
 
 Keys are the dotted paths of `JobConfig` ("train.learning_rate"); a flag is --train.learning-rate, an
 environment name QUOTESMITH_TRAIN_LEARNING_RATE, a YAML key `train: {learning_rate: …}`.
@@ -20,6 +21,7 @@ from pydantic.fields import FieldInfo
 
 from pipeline.config import JobConfig
 from pipeline.errors import ConfigError
+from pipeline.platforms import Platform, Values
 
 ENV_PREFIX = "QUOTESMITH_"
 CONFIG_ENV = "QUOTESMITH_CONFIG"
@@ -83,18 +85,31 @@ def all_settings(model: type[BaseModel] = JobConfig, prefix: str = "") -> list[S
     return found
 
 
-def resolve(flags: Mapping[str, Any], env: Mapping[str, str], config_file: str | None = None) -> Resolved:
+def resolve(
+    flags: Mapping[str, Any],
+    env: Mapping[str, str],
+    config_file: str | None = None,
+    platform: Platform | None = None,
+) -> Resolved:
     """The job's settings. Raises `ConfigError` for unknown keys, values out of range, contradictions."""
     config_file = config_file or env.get(CONFIG_ENV)
-    sources = [from_flags(flags), from_env(env)]
+    sources = [from_flags(flags)]
+    if platform:
+        sources.append(from_platform(platform.orders(), platform.name))
+    sources.append(from_env(env))
     if config_file:
         sources.append(from_file(config_file))
+    if platform:
+        sources.append(from_platform(platform.places(), platform.name))
     values: dict[str, Any] = {}
     origins = {setting.key: "default" for setting in all_settings()}
     for given, where in reversed(sources):
         values |= given
         origins |= where
-    return Resolved(validated(values, origins), origins)
+    config = validated(values, origins)
+    if platform:
+        platform.check(config)
+    return Resolved(config, origins)
 
 
 def from_flags(flags: Mapping[str, Any]) -> Source:
@@ -110,6 +125,13 @@ def from_env(env: Mapping[str, str]) -> Source:
     refuse_unknown(names, by_name, "environment variable")
     given = {by_name[name].key: parse(by_name[name], env[name]) for name in names}
     return given, {by_name[name].key: f"environment {name}" for name in names}
+
+
+def from_platform(values: Values, name: str) -> Source:
+    settings = {setting.key: setting for setting in all_settings()}
+    refuse_unknown(values, settings, f"setting from {name}")
+    given = {key: parse(settings[key], value) for key, (value, _) in values.items()}
+    return given, {key: origin for key, (_, origin) in values.items()}
 
 
 def from_file(uri: str) -> Source:

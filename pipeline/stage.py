@@ -68,10 +68,12 @@ class Stages:
         self.facts: dict[str, Facts] = {}  # stage to what its artifact says was measured
 
     def belong_to(self, output: str, run_id: str, owner: Owner | None = None) -> None:
-        """From now on what is done is copied to the run's place in `output`, and taken from there if it is not here."""
+        """From now on what is done is copied to the run's place in `resume.uri`, else in `output`, and taken from there
+        if it is not here."""
         self.owner = owner
-        if self.resume.upload == "always" or (self.resume.upload == "auto" and scheme_of(output) not in ("", "file")):
-            self.mirror = Mirror(output, run_id, owner)
+        uri = self.resume.uri or output
+        if self.resume.upload == "always" or (self.resume.upload == "auto" and scheme_of(uri) not in ("", "file")):
+            self.mirror = Mirror(uri, run_id, owner)
 
     def forget(self) -> None:
         """For when the run is released: nobody goes on from its copies, and they cost money."""

@@ -8,6 +8,7 @@
 #   PYTHON             the interpreter whose pip fetches things (default python3)
 #   LLAMA_CPP_SDIST    the source archive, if it is already on disk; otherwise it comes from PyPI
 #   LLAMA_CPP_NATIVE   ON: for this machine's CPU (default). OFF: for any x86-64 with AVX2, or any arm64
+#   LLAMA_CPP_FLAGS    more for cmake (-DGGML_CUDA=ON)
 #   CC, CXX, CFLAGS, CXXFLAGS
 set -euo pipefail
 
@@ -22,6 +23,8 @@ recipe=$here/llama_cpp
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/quotesmith/llama.cpp
 python=${PYTHON:-python3}
 flags=(-DCMAKE_BUILD_TYPE=Release "-DGGML_NATIVE=${LLAMA_CPP_NATIVE:-ON}")
+read -ra more <<<"${LLAMA_CPP_FLAGS:-}"
+flags+=("${more[@]}")
 
 say() { printf 'llama.cpp: %s\n' "$*"; }
 die() { printf 'llama.cpp: %s\n' "$*" >&2; exit 1; }
@@ -69,8 +72,9 @@ failed() {
 }
 
 need_tools() {
-    command -v "${CC:-cc}" >/dev/null && command -v "${CXX:-c++}" >/dev/null ||
+    if ! command -v "${CC:-cc}" >/dev/null || ! command -v "${CXX:-c++}" >/dev/null; then
         die "no C++ compiler (${CXX:-c++}) found; install one (Debian, Ubuntu: apt-get install g++) and run again"
+    fi
     local missing=()
     command -v cmake >/dev/null || missing+=(cmake)
     command -v ninja >/dev/null || missing+=(ninja)

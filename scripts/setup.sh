@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: a virtual environment in .venv with the locked dependencies, made once and made
 # anew when they change. SETUP_EXTRAS names extras of pyproject.toml ("dev").
 find_python() {

@@ -198,6 +198,16 @@ def test_copies_are_made_where_the_output_is_a_bucket_or_when_asked_for(output, 
     assert (stages.mirror is not None) == copied
 
 
+@pytest.mark.parametrize(
+    ("uri", "upload", "copied"),
+    [("gs://bucket/x", "auto", True), ("folder", "auto", False), ("folder", "always", True)],
+)
+def test_copies_go_where_resume_uri_says(uri, upload, copied, tmp_path):
+    stages = Stages(tmp_path, ResumeConfig(upload=upload, uri=uri))
+    stages.belong_to("gs://another/y" if uri == "folder" else "folder", "run")
+    assert (stages.mirror.store.uri if stages.mirror else None) == (uri if copied else None)
+
+
 @pytest.mark.parametrize("keep", [False, True])
 def test_the_copies_go_when_the_run_is_released_unless_they_are_to_stay(given, tmp_path, bucket, keep):
     stages, run = on_a_machine(tmp_path / "a", bucket, keep=keep)
@@ -241,13 +251,13 @@ def test_a_stage_that_was_killed_goes_on_from_its_checkpoint_and_leaves_none(giv
 
 def test_a_start_that_was_overtaken_begins_no_more_work_and_copies_nothing(given, tmp_path, bucket, monkeypatch):
     monkeypatch.setattr(process, "identity", lambda: {"host": "another machine", "pid": 7})
+    monkeypatch.setattr(Lease, "_keep", lambda lease: None)  # as if it hung
     first = Claim(resolve({"output": bucket, "lease.seconds": "2"}, {}).config)
     first.run("run", "version")
     stages = Stages(tmp_path / "work", ResumeConfig(upload="always"))
     stages.belong_to(bucket, "run", first)
     stages.run(finetune, *given, seed=1)
     copies = set((tmp_path / "bucket").rglob("sha256/*"))
-    first.lease._ended.set()  # nothing renews it any more
     second = Lease(open_store(bucket), "run", 2)
     second.acquire(60)
     stages.run(finetune, *given, seed=2)  # not told yet: it works, but its copy is refused

@@ -26,9 +26,10 @@ class ResumeConfig(Section):
     )
     upload: Literal["auto", "always", "never"] = Field(
         "auto",
-        description="Copy checkpoints and finished stages to the output, for a restart on an empty disk. auto: if the "
-        "output is a bucket.",
+        description="Copy checkpoints and finished stages to resume.uri, for a restart on an empty disk. auto: if that "
+        "is a bucket.",
     )
+    uri: str = Field("", description="A folder or a gs:// or s3:// prefix for those copies. Default: the output.")
     keep: bool = Field(False, description="Leave those copies there when the release is published.")
 
 

@@ -1,0 +1,102 @@
+"""Where the job runs, one file each with a `find(env, root)` of its own. Only these files know a platform's names.
+
+`root` is the file system's root, so that a test can have one of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from pipeline.config import JobConfig
+from pipeline.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+# The first that finds itself. A node of a TrainJob is a pod too, so it comes before Kubernetes.
+NAMES = ("sagemaker", "vertex", "trainjob", "kubernetes", "local")
+MASTER_PORT = 29500  # where the platform names none; torchrun's own
+Values = Mapping[str, tuple[Any, str]]  # a setting's key to its value and to where that comes from
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """The machines that one job was given, and which of them this is. `master` is the address of rank 0."""
+
+    count: int = 1
+    rank: int = 0
+    master: str = "localhost"
+    port: int = MASTER_PORT
+
+
+class Platform(Protocol):
+    """What a platform tells the job, and where it looks for what the job tells it."""
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+
+    def orders(self) -> Values:
+        """Settings that the submitted job has, which beat the environment. Names need not exist."""
+
+    def places(self) -> Values:
+        """Settings that beat only the defaults: paths of the platform, its grace period."""
+
+    def check(self, cfg: JobConfig) -> None:
+        """Raises `ConfigError` for settings that cannot work there."""
+
+    def nodes(self) -> Nodes:
+        """Raises `ConfigError` for what cannot be understood."""
+
+    def report(self, sentence: str) -> None:
+        """Say why the job failed where the platform shows it. Raises nothing."""
+
+
+def find(env: Mapping[str, str], root: Path) -> Platform:
+    for name in NAMES:
+        if found := import_module(f"pipeline.platforms.{name}").find(env, root):
+            return cast(Platform, found)
+    raise AssertionError("local.find always finds itself")
+
+
+def here() -> Platform:
+    return find(os.environ, Path("/"))
+
+
+def require_one_node(platform: Platform) -> None:
+    """Several nodes would each do the whole job."""
+    count = platform.nodes().count
+    if count > 1:
+        raise ConfigError(f"{platform.name} gives this job {count} nodes, but it runs on one; ask for one node")
+
+
+def integer(env: Mapping[str, str], name: str, default: int | None = None) -> int:
+    text = env.get(name, "" if default is None else str(default))
+    try:
+        return int(text)
+    except ValueError as e:
+        raise ConfigError(f"the environment variable {name} is {text!r}; needed a whole number") from e
+
+
+def read_object(text: str, what: str) -> dict[str, Any]:
+    """A JSON object that the platform wrote."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise ConfigError(f"{what} is not valid JSON: {e}") from e
+    if not isinstance(content, dict):
+        raise ConfigError(f"{what} holds a {type(content).__name__}; needed a JSON object")
+    return content
+
+
+def leave_note(path: Path, sentence: str) -> None:
+    try:
+        path.write_text(sentence + "\n", encoding="utf-8")
+    except OSError as e:
+        log.warning("%s could not be written: %s", path, e.strerror)
