@@ -18,7 +18,8 @@ from typing import Any
 import click
 
 from pipeline import __version__, logs
-from pipeline.errors import MachineError, NotAllowed, QuotesmithError
+from pipeline.disk import as_machine_error
+from pipeline.errors import NotAllowed, QuotesmithError
 from pipeline.options import job_options, sampling_options
 from pipeline.redact import redact
 from pipeline.settings import Resolved, as_table, resolve
@@ -26,7 +27,6 @@ from pipeline.signals import Stopped
 
 log = logging.getLogger("quotesmith")
 
-NO_SPACE = (28, 122)  # ENOSPC, EDQUOT
 GROUP = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 
@@ -172,8 +172,8 @@ def code_of(error: BaseException) -> int:
         return fail(error)
     if isinstance(error, PermissionError):
         return fail(NotAllowed(f"{error.filename} cannot be opened or written: {error.strerror}"))
-    if isinstance(error, OSError) and error.errno in NO_SPACE:
-        return fail(MachineError(f"the disk is full ({error.filename or 'writing'}); free space and run again"))
+    if machine := as_machine_error(error, getattr(error, "filename", None) or "writing"):
+        return fail(machine)
     click.echo(redact("".join(traceback.format_exception(error))), err=True)
     return 70
 

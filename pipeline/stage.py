@@ -22,6 +22,7 @@ from pydantic import BaseModel, TypeAdapter
 from pipeline.artifacts import Facts
 from pipeline.checkpoints import Checkpoints
 from pipeline.config import ResumeConfig
+from pipeline.disk import errors_translated
 from pipeline.meter import Meter
 from pipeline.mirror import Mirror, tolerated
 from pipeline.sealed import opened, seal
@@ -96,10 +97,11 @@ class Stages:
             out.mkdir(parents=True)
             log.info("%s: started", name)
             given = {"checkpoints": checkpoints} if "checkpoints" in inspect.signature(stage).parameters else {}
-            with Meter() as meter:
-                artifact = stage(*inputs, **context, **given, out=out)
-            record = StageRecord(name, fingerprint, meter.seconds, meter.peak_bytes, meter.peak_gpu_bytes, False)
-            write_marker(out, artifact, kind, record)
+            with errors_translated(out):
+                with Meter() as meter:
+                    artifact = stage(*inputs, **context, **given, out=out)
+                record = StageRecord(name, fingerprint, meter.seconds, meter.peak_bytes, meter.peak_gpu_bytes, False)
+                write_marker(out, artifact, kind, record)
             gib = record.peak_memory_bytes / 1024**3
             log.info("%s: done in %.1f s, peak memory %.2f GiB", name, record.seconds, gib)
         self._copy(place)
