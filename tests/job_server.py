@@ -107,7 +107,6 @@ class Sections(logging.Handler):
         super().__init__()
         self.order = order
         self.seen: Counter[str] = Counter()
-        self.happened = False
         with Path(order["environment"]["WRITE_BOUNDARIES_STATE"]).open("r+b") as file:
             self.state = mmap.mmap(file.fileno(), 0)
         self.begin(START)

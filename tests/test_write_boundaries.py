@@ -24,6 +24,8 @@ import pytest
 
 from pipeline import sealed
 from pipeline.llama_cpp import LlamaCpp
+from tests.fault_chains import spoil
+from tests.half_done import assert_nothing_is_half_done, left_over, names_in
 from tests.spoilt_jobs import (
     CHANGES,
     FULL_TMPFS,
@@ -32,11 +34,7 @@ from tests.spoilt_jobs import (
     Ended,
     JobServer,
     Place,
-    assert_nothing_is_half_done,
     job_server,
-    left_over,
-    names_in,
-    spoil,
 )
 
 GROUP = "whole jobs, spoilt where they write"
