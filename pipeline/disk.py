@@ -31,7 +31,7 @@ def as_machine_error(error: BaseException, where: object) -> MachineError | None
     if number in FULL:
         return MachineError(f"the disk is full ({where}); free space and run again")
     if number in FAILING:
-        return MachineError(f"the disk failed ({where}: input/output error); check it, or run again on another machine")
+        return MachineError(f"the disk failed ({where}): input/output error; check it, or run again on another machine")
     return None
 
 

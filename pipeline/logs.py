@@ -42,10 +42,13 @@ class Lines(logging.Formatter):
 
 
 def on_thread_error(failed: threading.ExceptHookArgs) -> None:
-    """A library's thread has no caller to tell: one line, redacted as all others are."""
+    """A library's thread has no caller to tell: one line, redacted as all others are, and a traceback for bugs only."""
+    if failed.exc_type is SystemExit:
+        return
     name = failed.thread.name if failed.thread else "thread"
-    kind = failed.exc_type.__name__
-    logging.getLogger(__name__).warning("%s ended with %s: %s", name, kind, failed.exc_value)
+    error = failed.exc_value
+    bug = error if not isinstance(error, OSError) else None
+    logging.getLogger(__name__).warning("%s ended with %s: %s", name, failed.exc_type.__name__, error, exc_info=bug)
 
 
 def on_terminal() -> bool:

@@ -41,7 +41,7 @@ def test_the_error_of_safetensors_is_read():
     full = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
     assert "is full (here)" in str(as_machine_error(full, "here"))
     failed = SafetensorError("Error while serializing: I/O error: Input/output error (os error 5)")
-    assert "failed (here" in str(as_machine_error(failed, "here"))
+    assert "failed (here)" in str(as_machine_error(failed, "here"))
 
 
 @pytest.mark.parametrize("error", [DataError("no text"), ValueError("os error"), FileNotFoundError(2, "no such file")])
