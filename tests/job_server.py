@@ -101,7 +101,10 @@ def become_job(order: dict[str, Any]) -> None:
 
 
 class Sections(logging.Handler):
-    """Boundaries are counted from one line of the log to the next: that is their address, the same in every start."""
+    """Boundaries are counted from one line of the log to the next: that is their address, the same in every start.
+
+    The line that a stage is done begins no section: a copy of a checkpoint may be under way beside it.
+    """
 
     def __init__(self, order: dict[str, Any]) -> None:
         super().__init__()
@@ -112,8 +115,9 @@ class Sections(logging.Handler):
         self.begin(START)
 
     def emit(self, record: logging.LogRecord) -> None:
-        if threading.current_thread() is threading.main_thread():
-            self.begin(SPOKEN.sub("#", record.getMessage())[:100])
+        line = record.getMessage()
+        if threading.current_thread() is threading.main_thread() and ": done in " not in line:
+            self.begin(SPOKEN.sub("#", line)[:100])
 
     def begin(self, line: str) -> None:
         self.seen[line] += 1

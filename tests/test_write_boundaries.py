@@ -38,6 +38,7 @@ from tests.spoilt_jobs import (
 )
 
 GROUP = "whole jobs, spoilt where they write"
+MOST_MISSED = 0.05  # of the boundaries: those that a thread beside has moved to another section
 SAMPLE = 20  # boundaries that commit nothing, of each fault
 PROCESSES = min(2, len(os.sched_getaffinity(0)))
 EVERYTHING = bool(os.environ.get("QUOTESMITH_EVERY_FAULT"))
@@ -167,7 +168,7 @@ def test_after_a_fault_nothing_is_half_done_and_the_next_start_ends_with_the_sam
             record_fault(GROUP, fault, outcome, count)
     missed = sum(len(tried.missed) for tried in everything)
     assert sum(tried.outcomes.total() for tried in everything) == len(boundaries) - missed
-    assert missed <= 0.02 * len(boundaries)
+    assert missed <= MOST_MISSED * len(boundaries)
 
 
 # ---- a disk that is really full
@@ -198,9 +199,7 @@ def test_on_a_small_disk_that_is_full_from_any_stage_on_the_job_ends_with_71_and
     if before is None:
         pytest.skip("this system lets nobody mount a tmpfs")
     lines = dict.fromkeys(boundary.section for boundary in undisturbed.ended.boundaries)
-    begin = [
-        line for line in lines if ": started" in line or line.startswith(("job:", f"{undisturbed.stages[-1]}: done"))
-    ]
+    begin = [line for line in lines if ": started" in line or line.startswith(("job:", "publish:"))]
     full = [Boundary(line, left, "full disk", "") for line in begin for left in LEFT_BYTES]
     if not EVERYTHING:
         full = full[:: len(LEFT_BYTES) - 1]  # each line with another amount
