@@ -19,7 +19,8 @@ from typing import Any
 import click
 
 from pipeline import __version__, logs, platforms
-from pipeline.errors import MachineError, NotAllowed, QuotesmithError
+from pipeline.disk import as_machine_error
+from pipeline.errors import NotAllowed, QuotesmithError
 from pipeline.options import Door, job_options, request_options, sampling_options
 from pipeline.platforms import Platform
 from pipeline.redact import one_sentence, redact
@@ -30,7 +31,6 @@ from pipeline.signals import Stopped
 
 log = logging.getLogger("quotesmith")
 
-NO_SPACE = (28, 122)  # ENOSPC, EDQUOT
 GROUP = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 
@@ -193,8 +193,8 @@ def verdict(error: BaseException) -> tuple[int, str]:
         return fail(error)
     if isinstance(error, PermissionError):
         return fail(NotAllowed(f"{error.filename} cannot be opened or written: {error.strerror}"))
-    if isinstance(error, OSError) and error.errno in NO_SPACE:
-        return fail(MachineError(f"the disk is full ({error.filename or 'writing'}); free space and run again"))
+    if machine := as_machine_error(error, getattr(error, "filename", None) or "writing"):
+        return fail(machine)
     click.echo(redact("".join(traceback.format_exception(error))), err=True)
     return 70, f"a bug of quotesmith, whose traceback is in the log: {type(error).__name__}: {error}"
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import io
 import math
-import uuid
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import IO, Protocol, TypeVar
 
-from pipeline import retrying
+from pipeline import process, retrying
 from pipeline.arrival import Arrival
 from pipeline.errors import (
     ConfigError,
@@ -24,7 +23,16 @@ from pipeline.errors import (
 )
 from pipeline.progress import transfer
 from pipeline.retrying import Deadline, retry, try_seconds
-from pipeline.storage import Stat, check_listed, check_name, check_prefix, check_readable, crc32c_of
+from pipeline.storage import (
+    PROBE,
+    Stat,
+    check_listed,
+    check_name,
+    check_prefix,
+    check_readable,
+    crc32c_of,
+    probe_name,
+)
 from pipeline.storage.local import sync, written
 from pipeline.storage.local import translated as disk_errors_translated
 
@@ -128,8 +136,14 @@ class BucketStore:
 
         self._retry(look_and_remove, Deadline(), name)
 
+    def clear_up(self, folder: str) -> None:
+        """Only a probe can be left: an upload that was cut leaves no object."""
+        for name, _ in self.list(PROBE):
+            if process.is_gone_signature(name.removeprefix(PROBE).partition("_")[0]):
+                self.remove(name)
+
     def probe(self) -> None:
-        name = f".probe-{uuid.uuid4().hex}"
+        name = probe_name()
         self.put_if_absent(name, b"probe")
         if self.read(name) != b"probe":
             raise TransferError(f"{self.uri} did not give back what was written to it; try again")

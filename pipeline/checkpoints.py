@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import re
 import shutil
@@ -16,6 +15,7 @@ from pathlib import Path
 from pipeline import signals
 from pipeline.child import LEAST_FREE_BYTES
 from pipeline.config import ResumeConfig
+from pipeline.disk import FULL, number_of
 from pipeline.mirror import Mirror, tolerated
 from pipeline.sealed import clear_up, opened, seal
 from pipeline.storage.local import TEMPORARY, sync
@@ -158,9 +158,7 @@ def superseded(names: Sequence[str], newest: str) -> list[str]:
 
 
 def is_full(folder: Path, error: Exception) -> bool:
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    return shutil.disk_usage(folder).free < LEAST_FREE_BYTES
+    return number_of(error) in FULL or shutil.disk_usage(folder).free < LEAST_FREE_BYTES
 
 
 def usable(checkpoint: Path) -> bool:

@@ -18,6 +18,8 @@ from pipeline.meter import saw_tool
 
 LEAST_FREE_BYTES = 1 << 20  # a program that failed while writing, with less than this left, failed for lack of disk
 
+IO_ERRORS = ("Input/output error", "iostream error")  # the second is all that a C++ program hears of any of them
+
 WATCH_SECONDS = 0.02
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # somebody's wish, no fault of the program
 
@@ -117,6 +119,8 @@ def require_success(process: Process, stderr: IO[bytes], writes_in: Path | None 
     name = " ".join(Path(part).name for part in command[:2]) if "python" in str(command[0]) else Path(command[0]).name
     if "No space left" in said or (writes_in and shutil.disk_usage(writes_in).free < LEAST_FREE_BYTES):
         raise MachineError(f"{name} failed because the disk of {writes_in} is full; free some space and run again")
+    if any(sign in said for sign in IO_ERRORS):
+        raise MachineError(f"{name} failed because a disk did (input/output error); check it, or run again elsewhere")
     if process.returncode == -signal.SIGKILL:
         raise MachineError(f"{name} was killed, probably for lack of memory; run again with more memory")
     if -process.returncode in STOPS:

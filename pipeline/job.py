@@ -24,16 +24,18 @@ from pipeline.extend import extend
 from pipeline.fetch import content_hash, fetch, resolve
 from pipeline.finetune import finetune
 from pipeline.finish import finish
+from pipeline.lease import lease_name
 from pipeline.model_card import model_card, modelfile
 from pipeline.preflight import Ground, check_model, preflight
 from pipeline.publish import complete, find_release, is_latest, read_metrics, refuse_foreign_files
 from pipeline.quantize import quantize
 from pipeline.recover import recover
-from pipeline.rejection import Rejected, publish_judged, refuse_rejected
+from pipeline.rejection import Rejected, place_of, publish_judged, refuse_rejected
 from pipeline.room import check_room, needs_of
 from pipeline.settings import Resolved
 from pipeline.sparsify import sparsify
 from pipeline.stage import Stages
+from pipeline.storage import open_store
 from pipeline.tokens import tokenize
 
 log = logging.getLogger(__name__)
@@ -93,6 +95,8 @@ def walk(resolved: Resolved, claim: Claim) -> Outcome:
     refuse_foreign_files(cfg.output, plain_names(cfg))
     given = look_up(stages, cfg, tools.version)
     stages.belong_to(cfg.output, given.run_id, claim)
+    for output in (cfg.output, place_of(cfg.output)):
+        open_store(output).clear_up(f"runs/{given.run_id}")
     if release := find_release(cfg.output, given.run_id) or claim.run(given.run_id, tools.version):
         stages.forget()
         return already_there(release, cfg)
@@ -233,5 +237,6 @@ def end_token(checkpoint: Checkpoint) -> str:
 def already_there(release: Release, cfg: JobConfig) -> Outcome:
     """The identical release stands: what a reader looks for is made whole, nothing is published twice."""
     complete(release)
+    open_store(cfg.output).remove(lease_name(release.run_id))  # of a start that was killed right after publishing
     log.info("publish: release %s of these settings and inputs is already at %s", release.run_id, cfg.output)
     return Outcome(release, read_metrics(release), published_now=False, is_latest=is_latest(release))

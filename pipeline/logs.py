@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import threading
 import time
 
 from pipeline.redact import redact
@@ -40,6 +41,16 @@ class Lines(logging.Formatter):
         return redact(super().format(record))
 
 
+def on_thread_error(failed: threading.ExceptHookArgs) -> None:
+    """A library's thread has no caller to tell: one line, redacted as all others are, and a traceback for bugs only."""
+    if failed.exc_type is SystemExit:
+        return
+    name = failed.thread.name if failed.thread else "thread"
+    error = failed.exc_value
+    bug = error if not isinstance(error, OSError) else None
+    logging.getLogger(__name__).warning("%s ended with %s: %s", name, failed.exc_type.__name__, error, exc_info=bug)
+
+
 def on_terminal() -> bool:
     return sys.stderr.isatty()
 
@@ -56,5 +67,6 @@ def configure(log_format: str) -> None:
     handler.setFormatter(JsonLines() if json_lines else Lines("%(asctime)s %(message)s", "%H:%M:%S"))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.captureWarnings(True)
+    threading.excepthook = on_thread_error
     for name in (*QUIET, "py.warnings"):
         logging.getLogger(name).setLevel(logging.ERROR)

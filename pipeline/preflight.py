@@ -15,6 +15,7 @@ from pipeline.artifacts import Checkpoint
 from pipeline.budget import least
 from pipeline.config import JobConfig
 from pipeline.device import Device, choose_device, choose_precision
+from pipeline.disk import as_machine_error
 from pipeline.errors import ConfigError, NotAllowed
 from pipeline.forecast import Forecast, forecasts_of, handle_fallbacks
 from pipeline.kept_zeros import require_types_with_zeros
@@ -121,6 +122,8 @@ def check_work_dir(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
         writable = os.access(path, os.W_OK)
     except OSError as e:
+        if error := as_machine_error(e, path):
+            raise error from e
         kind = ConfigError if isinstance(e, FileExistsError | NotADirectoryError) else NotAllowed
         raise kind(f"work_dir {path} cannot be made ({e.strerror}); choose a folder that can be written") from e
     if not writable:

@@ -41,6 +41,23 @@ def is_gone(process: dict[str, Any]) -> bool:
         return False
 
 
+def signature() -> str:
+    """This process in the name of a file that it writes; `is_gone_signature` reads it. "" where it cannot be told."""
+    mine = identity()
+    if "boot" not in mine:
+        return ""
+    return f"{mine['boot']}.{mine['namespace'].strip('pid:[]')}.{mine['pid']}.{mine['start']}"
+
+
+def is_gone_signature(text: str) -> bool:
+    """Whether the process of this `signature` has surely ended, on this machine and before our eyes."""
+    parts = text.split(".")
+    if len(parts) != 4 or not all(part.isdecimal() for part in parts[1:]):
+        return False
+    boot, space, pid, start = parts
+    return is_gone({"boot": boot, "namespace": f"pid:[{space}]", "pid": int(pid), "start": int(start)})
+
+
 def namespace() -> str:
     return str(Path("/proc/self/ns/pid").readlink())
 

@@ -25,6 +25,7 @@ from pipeline.artifacts import Facts
 from pipeline.checkpoints import Checkpoints
 from pipeline.config import ResumeConfig
 from pipeline.device import device_errors
+from pipeline.disk import errors_translated
 from pipeline.meter import Meter
 from pipeline.mirror import Mirror, Owner, tolerated
 from pipeline.sealed import opened, seal
@@ -105,7 +106,7 @@ class Stages:
             out.mkdir(parents=True)
             log.info("%s: started", name)
             given = {"checkpoints": checkpoints} if "checkpoints" in inspect.signature(stage).parameters else {}
-            with signals.patient() if given and checkpoints.wanted else nullcontext():
+            with errors_translated(out), signals.patient() if given and checkpoints.wanted else nullcontext():
                 with Meter() as meter, device_errors(name):
                     artifact = stage(*inputs, **context, **given, out=out)
                 record = StageRecord(name, fingerprint, meter.seconds, meter.peak_bytes, meter.peak_gpu_bytes, False)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pipeline import process
+from pipeline import process, signals
 from pipeline.errors import TryLater
 from pipeline.storage.local import translated
 
@@ -25,23 +25,28 @@ def alone_in(folder: Path, wait_seconds: float) -> Iterator[None]:
     that cannot lock (some network drives) nobody is kept out.
     """
     path, end = folder / LOCK, time.monotonic() + wait_seconds
-    with translated(path):
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = locked(path)
-        while descriptor is None:
-            if time.monotonic() >= end:
-                raise TryLater(
-                    f"work_dir {folder} is in use by {owner(path)}; wait for it, set lease.wait_seconds, or choose "
-                    "another work_dir"
-                )
-            time.sleep(POLL_SECONDS)
-            descriptor = locked(path)
+    descriptor = None
     try:
+        with translated(path):
+            folder.mkdir(parents=True, exist_ok=True)
+            while True:
+                with signals.untorn():
+                    descriptor = locked(path)
+                if descriptor is not None:
+                    break
+                if time.monotonic() >= end:
+                    raise TryLater(
+                        f"work_dir {folder} is in use by {owner(path)}; wait for it, set lease.wait_seconds, or choose "
+                        "another work_dir"
+                    )
+                time.sleep(POLL_SECONDS)
+        sign(descriptor)
         yield
     finally:
-        with suppress(OSError):
-            path.unlink()  # before the lock is given up: after that it can be somebody else's
-        os.close(descriptor)
+        if descriptor is not None:
+            with suppress(OSError):
+                path.unlink()  # before the lock is given up: after that it can be somebody else's
+            os.close(descriptor)
 
 
 def locked(path: Path) -> int | None:
@@ -56,10 +61,15 @@ def locked(path: Path) -> int | None:
         except OSError:
             return descriptor
         if path.exists() and os.fstat(descriptor).st_ino == path.stat().st_ino:
-            os.truncate(descriptor, 0)
-            os.write(descriptor, f"process {os.getpid()} on {process.identity()['host']}".encode())
             return descriptor
         os.close(descriptor)  # its last owner removed it between the two calls
+
+
+def sign(descriptor: int) -> None:
+    """For the message to the next; on a full disk nobody is told who."""
+    with suppress(OSError):
+        os.truncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {process.identity()['host']}".encode())
 
 
 def owner(path: Path) -> str:

@@ -18,6 +18,8 @@ import pytest
 if TYPE_CHECKING:
     from pipeline.llama_cpp import LlamaCpp
 
+pytest_plugins = ["tests.fault_record"]
+
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as entrypoint.py does, before torch is imported
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # each core has a worker of its own

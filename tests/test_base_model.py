@@ -147,6 +147,7 @@ def fewer_rows(folder):
     )
 
 
+@pytest.mark.fault("hostile files and names", "base models torn or poisoned", "refused in one sentence")
 @pytest.mark.parametrize(
     ("spoil", "found"),
     [

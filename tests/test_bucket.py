@@ -23,6 +23,7 @@ from tests.faulty_requests import FaultyRequests, Killed, Service, simulate_time
 VISIBLE = ("busy", "lost", "delay", "cut", "short", "flipped", "late", "conflict")
 UNSEEN = (*VISIBLE, "twice")  # a write repeated on the way: the client hears only of the second
 HUNDREDS = range(10)
+GROUP = "storage, by 1,000 seeded schedules"
 RELEASED = {"voice-Q2_K.gguf": b"weights " * 20, "metrics.json": b'{"seconds": 1}', "README.md": b"# card"}
 
 
@@ -47,7 +48,9 @@ def test_the_contract_is_not_empty() -> None:
 
 
 @pytest.mark.parametrize("hundred", HUNDREDS)
-def test_the_contract_holds_over_a_network_that_loses_delays_and_tears(hundred: int, tmp_path: Path) -> None:
+def test_the_contract_holds_over_a_network_that_loses_delays_and_tears(
+    hundred: int, tmp_path: Path, record_fault: Callable[..., None]
+) -> None:
     for seed in range(100 * hundred, 100 * hundred + 100):
         tests = contract()
         test = tests[seed % len(tests)]
@@ -59,11 +62,12 @@ def test_the_contract_holds_over_a_network_that_loses_delays_and_tears(hundred: 
             test(**{name: given[name] for name in inspect.signature(test).parameters})
         except Exception as e:
             raise AssertionError(f"seed {seed}: {test.__name__} after {requests.happened}") from e
+        record_fault(GROUP, "requests lost, repeated, late, cut, flipped", "the storage contract holds")
 
 
 @pytest.mark.parametrize("hundred", HUNDREDS)
 def test_a_release_is_whole_or_absent_whatever_the_network_does(
-    hundred: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hundred: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_fault: Callable[..., None]
 ) -> None:
     files = made(tmp_path)
     for seed in range(100 * hundred, 100 * hundred + 100):
@@ -92,6 +96,9 @@ def test_a_release_is_whole_or_absent_whatever_the_network_does(
         assert {name: service.objects[name][0] for name in RELEASED} == RELEASED, f"seed {seed}"
         monkeypatch.setattr(publishing, "open_store", lambda uri, service=service: quiet(service))
         assert len(verify("mem://bucket")) == 6
+        end = ("the network stays", "the process is killed", "the network goes away for good")[seed % 3]
+        had = "a whole release" if first else "no release"
+        record_fault(GROUP, f"the same, and {end}", f"left {had}; the next start published the same")
 
 
 def made(folder: Path) -> dict[str, Path]:
@@ -249,6 +256,7 @@ def test_a_put_that_somebody_else_keeps_overwriting_is_temporary(tmp_path: Path)
         BucketStore(Contended(service, 0)).put("x", tmp_path / "file")
 
 
+@pytest.mark.fault("hostile files and names", "object names", "refused in one sentence")
 @pytest.mark.parametrize("name", ["../x", "a/../../x", "/etc/x", "a//b", "./a", "a\nb", "a\x1b[2Jb", "a\0b"])
 def test_an_object_with_a_hostile_name_is_refused_when_it_is_listed(name: str) -> None:
     service = Service()

@@ -28,6 +28,14 @@ def test_a_full_disk_is_the_machines_fault(tmp_path):
         child.run(python("raise OSError(28, 'No space left on device')"), writes_in=tmp_path)
 
 
+@pytest.mark.parametrize(
+    "said", ["[Errno 5] Input/output error: 'x'", "failed to quantize: basic_ios::clear: iostream error"]
+)
+def test_a_failing_disk_is_the_machines_fault(said):
+    with pytest.raises(MachineError, match="a disk did"):
+        child.run(python(f"raise SystemExit({said!r})"))
+
+
 def test_a_killed_program_is_the_machines_fault():
     with pytest.raises(MachineError, match="memory"):
         child.run(python("import os; os.kill(os.getpid(), 9)"))

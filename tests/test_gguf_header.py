@@ -104,6 +104,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.fault("hostile files and names", "GGUF headers", "refused in one sentence")
 @pytest.mark.parametrize("how", BROKEN)
 def test_a_header_that_does_not_describe_its_file_is_refused_soon(how, tmp_path):
     data, found = BROKEN[how]
@@ -113,7 +114,7 @@ def test_a_header_that_does_not_describe_its_file_is_refused_soon(how, tmp_path)
     assert time.monotonic() - started < 2
 
 
-def test_a_file_with_flipped_bytes_is_whole_or_broken_and_never_anything_else(tmp_path):
+def test_a_file_with_flipped_bytes_is_whole_or_broken_and_never_anything_else(tmp_path, record_fault):
     chance, broken = random.Random(0), 0
     for _ in range(1000):
         data = bytearray(WHOLE)
@@ -124,6 +125,7 @@ def test_a_file_with_flipped_bytes_is_whole_or_broken_and_never_anything_else(tm
         except Broken:
             broken += 1
     assert 500 < broken < 1000
+    record_fault("hostile files and names", "a GGUF file with flipped and missing bytes", "refused, or whole", 1000)
 
 
 def test_the_guard_says_what_is_wrong_in_one_sentence(tmp_path):
@@ -141,6 +143,7 @@ ABUSES = {
 }
 
 
+@pytest.mark.fault("hostile files and names", "a GGUF reader gone wild", "ended by its limits")
 @pytest.mark.parametrize("what", ABUSES)
 def test_a_reader_that_goes_wrong_is_ended_by_its_limits(what, tmp_path):
     code = f"from pipeline import gguf_header; gguf_header.limit()\n{ABUSES[what]}"

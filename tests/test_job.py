@@ -196,6 +196,15 @@ def test_a_run_that_another_start_is_doing_ends_with_75_and_goes_on_when_that_ha
     assert not list((tmp_path / "out").rglob("LEASE.json")) and not (work / "IN_USE").exists()
 
 
+def test_the_lease_of_a_start_that_was_killed_right_after_publishing_is_removed(done, toy_gpt2, tmp_path):
+    bucket, work = done
+    asked = toy_job(toy_gpt2, bucket, work, output=str(tmp_path / "out"))
+    release = job.run(asked).release
+    Lease(open_store(release.output), release.run_id, 3600)._write(None)
+    assert not job.run(asked).published_now
+    assert not list((tmp_path / "out").rglob("LEASE.json"))
+
+
 def test_a_run_that_was_taken_over_publishes_nothing(done, toy_gpt2, tmp_path, monkeypatch):
     bucket, work = done
     store, laid_out = open_store(str(tmp_path / "out")), job.lay_out

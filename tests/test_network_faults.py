@@ -42,6 +42,9 @@ FAULTS = {
 }
 
 
+GROUP = "a faulty network before fake-gcs-server and moto"
+
+
 class Network(NamedTuple):
     proxy: FaultProxy
     near: Store  # through the proxy
@@ -111,6 +114,7 @@ def assert_nothing_is_torn(act: str, network: Network, folder: Path) -> None:
     assert network.far.stat("x") is None or network.far.read("x") in whole
 
 
+@pytest.mark.fault(GROUP, "delays, cuts, resets, silence, dripping", "the right bytes in the end, no part of a file")
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("act", ACTS)
 def test_a_fault_that_passes_is_survived(network: Network, act: str, fault: str, tmp_path: Path) -> None:
@@ -125,6 +129,7 @@ def test_a_fault_that_passes_is_survived(network: Network, act: str, fault: str,
 
 
 @pytest.mark.slow
+@pytest.mark.fault(GROUP, "the same for good", "the right error in time, no part of a file")
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("act", ACTS)
 def test_a_fault_that_lasts_is_a_retryable_error_in_time(
@@ -149,6 +154,7 @@ def test_a_fault_that_lasts_is_a_retryable_error_in_time(
     assert ACTS[act].succeeded(network.far, tmp_path)
 
 
+@pytest.mark.fault(GROUP, "delays, cuts, resets, silence, dripping", "the right bytes in the end, no part of a file")
 @pytest.mark.parametrize("act", ACTS)
 def test_a_slow_network_is_only_slow(network: Network, act: str, tmp_path: Path) -> None:
     ACTS[act].prepare(network.far, tmp_path)
@@ -177,6 +183,7 @@ def test_an_upload_in_pieces_gets_through_a_network_that_cuts_some(
     assert network.proxy.spoilt
 
 
+@pytest.mark.fault(GROUP, "while quotes are fetched", "the corpus is whole, or there is none")
 @pytest.mark.parametrize("kind", ["cut", "reset", "black hole", "drip"])
 def test_quotes_are_fetched_whole_or_not_at_all(
     network: Network, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
@@ -199,6 +206,7 @@ def test_quotes_are_fetched_whole_or_not_at_all(
             assert times == 1 and corpus.quotes == 3000
 
 
+@pytest.mark.fault(GROUP, "while a release is published", "the release is whole, or there is none")
 @pytest.mark.parametrize("kind", ["cut", "reset", "black hole"])
 def test_a_release_through_a_network_that_keeps_failing_is_whole_or_absent(
     network: Network, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
@@ -218,6 +226,7 @@ def test_a_release_through_a_network_that_keeps_failing_is_whole_or_absent(
     assert len(verify(output)) == 2
 
 
+@pytest.mark.fault(GROUP, "while checkpoints are copied", "the checkpoint is whole, or there is none; training goes on")
 @pytest.mark.parametrize("kind", ["cut", "reset", "black hole", "drip"])
 def test_a_checkpoint_through_a_network_that_keeps_failing_is_whole_or_absent_and_training_goes_on(
     network: Network, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch

@@ -1,11 +1,14 @@
+import json
 import re
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from update_readme import updated  # noqa: E402
+from update_readme import updated, with_faults  # noqa: E402
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -17,3 +20,26 @@ def test_the_table_of_settings_is_the_one_the_settings_make():
 def test_every_path_the_readme_names_exists():
     named = set(re.findall(r"`((?:scripts|pipeline|tests)/[\w./-]+)`", README))
     assert named and not [name for name in named if not (ROOT / name).exists()]
+
+
+def told(*lines, complete=True):
+    return "\n".join(json.dumps(line) for line in ({"complete": complete, "commit": "abc1234"}, *lines))
+
+
+KILLED = {"group": "jobs", "fault": "SIGKILL", "outcome": "went on", "count": 1200}
+
+
+def test_the_table_of_faults_counts_them_by_group_and_outcome():
+    more = [
+        {**KILLED, "fault": "disk full", "outcome": outcome, "count": 2} for outcome in ("ended", "ended", "went on")
+    ]
+    readme = with_faults("# x\n\n## Gates\n", told(KILLED, *more))
+    assert "1,206 faults" in readme and "commit abc1234" in readme
+    assert "| jobs | SIGKILL | 1,200 | went on |\n| jobs | disk full | 6 | 4 ended; 2 went on |" in readme
+    again = with_faults(readme, told(KILLED))
+    assert "disk full" not in again and again.count("## Faults tried") == 1 and again.endswith("\n\n## Gates\n")
+
+
+def test_a_part_of_a_run_makes_no_table_of_faults():
+    with pytest.raises(ValueError, match="only a run of all tests"):
+        with_faults(README, told(KILLED, complete=False))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from collections.abc import Iterator
 
 import click
@@ -108,12 +109,28 @@ def test_no_log_line_holds_a_secret(log_format: str, capsys: pytest.CaptureFixtu
         assert [json.loads(line)["logger"] for line in lines.splitlines()] == ["any.library"] * 2
 
 
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_a_librarys_thread_that_fails_says_so_in_one_line_without_a_secret(
+    log_format: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise OSError(28, LEAKS[0])
+
+    monkeypatch.setattr(threading, "excepthook", None)
+    logs.configure(log_format)
+    thread = threading.Thread(target=fail, name="writer")
+    thread.start()
+    thread.join()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "writer ended with OSError: [Errno 28]" in line and HIDDEN in line and "s3cr3tV4lue" not in line
+
+
 @pytest.mark.parametrize(
     ("error", "code"),
     [
         (ServiceUnavailable(f"no answer from {LEAKS[0]}"), 69),
         (RuntimeError(LEAKS[0]), 70),
-        (OSError(5, LEAKS[0]), 70),
+        (OSError(22, LEAKS[0]), 70),
         (click.UsageError(LEAKS[0]), 2),
     ],
 )

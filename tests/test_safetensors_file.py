@@ -66,6 +66,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.fault("hostile files and names", "safetensors headers", "refused in one sentence")
 @pytest.mark.parametrize("how", BROKEN)
 def test_a_file_whose_header_does_not_describe_its_bytes_is_refused_in_one_sentence(how, tmp_path):
     header, data, length, found = BROKEN[how]
@@ -93,7 +94,7 @@ def test_a_name_cannot_break_a_message(tmp_path):
     assert str(caught.value).isprintable() and len(str(caught.value)) < 500
 
 
-def test_a_file_with_flipped_bytes_is_read_or_refused_and_never_anything_else(tmp_path):
+def test_a_file_with_flipped_bytes_is_read_or_refused_and_never_anything_else(tmp_path, record_fault):
     path, chance, refused = tmp_path / "m.safetensors", random.Random(0), 0
     for _ in range(1000):
         data = bytearray(write(path, WHOLE).read_bytes())
@@ -105,3 +106,6 @@ def test_a_file_with_flipped_bytes_is_read_or_refused_and_never_anything_else(tm
         except DataError:
             refused += 1
     assert 500 < refused < 1000
+    record_fault(
+        "hostile files and names", "a safetensors file with flipped and missing bytes", "refused, or whole", 1000
+    )

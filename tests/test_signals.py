@@ -19,7 +19,9 @@ from pipeline import signals
 
 ROOT = Path(__file__).resolve().parent.parent
 
-
+pytestmark = pytest.mark.fault(
+    "processes and whole runs", "SIGTERM, SIGINT, SIGKILL", "the promised exit code, nothing left running"
+)
 STOPS = [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
 HEAD = """
 import hashlib, os, signal, subprocess, sys, threading, time

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import bucket, errors, storage
-from pipeline.storage import Store, crc32c_of, open_store
+from pipeline import bucket, errors, process, storage
+from pipeline.storage import PROBE, Store, crc32c_of, open_store, probe_name
 
 
 @pytest.fixture(params=["local", "gs", "s3"])
@@ -125,6 +125,15 @@ def test_a_removed_object_is_gone_and_what_is_not_there_can_be_removed(store: St
 def test_probe_leaves_nothing_behind(store: Store) -> None:
     store.probe()
     assert list(store.list("")) == []
+
+
+@pytest.mark.skipif(not process.BOOT_ID.exists(), reason="the system has no /proc")
+def test_the_probe_of_a_killed_process_is_cleared_up_and_that_of_a_live_one_is_not(store: Store) -> None:
+    gone = process.signature().rpartition(".")[0] + ".1"  # what had this process's number before
+    store.put_if_absent(f"{PROBE}{gone}_0123", b"probe")
+    store.put_if_absent(probe_name(), b"probe")
+    store.clear_up("runs/a")
+    assert [name.rpartition("_")[0] for name, _ in store.list("")] == [f"{PROBE}{process.signature()}"]
 
 
 @pytest.mark.parametrize("name", ["a b+c", "100%2F.txt", "Büro/q&a=1?.txt", "#x;y", "a\\b", "…/.hidden"])

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -79,3 +81,39 @@ def test_a_file_with_a_control_character_in_its_name_is_refused_when_it_is_liste
     (tmp_path / "a\nb").write_text("x")
     with pytest.raises(errors.DataError, match="control character"):
         list(open_store(str(tmp_path)).list(""))
+
+
+KILLED_WHILE_IT_WRITES = """
+import os, signal, sys
+from pathlib import Path
+from pipeline.storage import local, open_store
+local.link = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+open_store(sys.argv[1]).put_if_absent(sys.argv[2], b"data")
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/ns").exists(), reason="the system has no /proc")
+@pytest.mark.parametrize("name", ["x", "runs/a/x", "runs/b/x"])
+def test_what_a_killed_writer_left_is_cleared_up_at_the_top_and_in_the_folder_that_is_named(
+    tmp_path: Path, name: str
+) -> None:
+    subprocess.run([sys.executable, "-c", KILLED_WHILE_IT_WRITES, tmp_path, name])
+    (left,) = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert left.name.startswith(local.TEMPORARY) and left.read_bytes() == b"data"
+    store = open_store(str(tmp_path))
+    assert list(store.list("")) == []
+    store.clear_up("runs/a")
+    assert left.exists() == (name == "runs/b/x")
+
+
+def test_what_a_writer_elsewhere_left_is_cleared_up_when_it_has_long_stood_still(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    with local.written(tmp_path / "mine") as mine:
+        theirs = tmp_path / f"{local.TEMPORARY}_0123456789abcdef"
+        for path in (mine, theirs):
+            path.write_bytes(b"part")
+        store.clear_up("runs/a")
+        assert mine.exists() and theirs.exists()
+        os.utime(theirs, (0, 0))
+        store.clear_up("runs/a")
+        assert mine.exists() and not theirs.exists()

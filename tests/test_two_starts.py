@@ -7,6 +7,9 @@ from tests.test_signals import start, wait_for
 
 
 @pytest.mark.slow
+@pytest.mark.fault(
+    "processes and whole runs", "two starts of one run, the first killed", "one works at a time, the next goes on"
+)
 def test_one_of_two_starts_works_and_when_it_is_killed_another_goes_on(toy_gpt2, llama_cpp, tmp_path):
     from tests.test_job import QUOTES, write_bucket
 

@@ -60,3 +60,23 @@ def test_a_folder_is_made_and_given_back_on_errors_too(tmp_path):
     with pytest.raises(ZeroDivisionError), alone_in(tmp_path / "new" / "work", 0):
         raise ZeroDivisionError
     assert not list((tmp_path / "new" / "work").iterdir())
+
+
+def test_a_full_disk_does_not_leave_the_lock_behind(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(work_folder.os, "write", full)
+    with alone_in(tmp_path, 0):
+        assert (tmp_path / LOCK).exists()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_signal_while_the_lock_is_taken_does_not_leave_it_behind(tmp_path, monkeypatch):
+    def stopped(descriptor):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(work_folder, "sign", stopped)
+    with pytest.raises(KeyboardInterrupt), alone_in(tmp_path, 0):
+        pass
+    assert not list(tmp_path.iterdir())

@@ -8,15 +8,18 @@ import importlib
 import pkgutil
 import re
 import unicodedata
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, cast
 
+from pipeline import process
 from pipeline.errors import ConfigError, DataError
 
 CHUNK_BYTES = 1024 * 1024
 LARGEST_READ = 64 * 1024 * 1024  # bytes of an object that is read into memory; markers, manifests and figures have less
+PROBE = ".probe-"
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,9 @@ class Store(Protocol):
     def remove(self, name: str) -> None:
         """Delete the object; nothing happens if there is none."""
 
+    def clear_up(self, folder: str) -> None:
+        """Remove what writers that were killed left under temporary names, at the top and below `folder`."""
+
     def probe(self) -> None:
         """Create, read and delete a small object, so that a job without the right fails before it works."""
 
@@ -85,6 +91,10 @@ def scheme_of(uri: str) -> str:
     """'gs' for gs://…, '' for a plain path."""
     match = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", uri)
     return match[1].lower() if match else ""
+
+
+def probe_name() -> str:
+    return f"{PROBE}{process.signature()}_{uuid.uuid4().hex}"
 
 
 def check_name(name: str) -> str:

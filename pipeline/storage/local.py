@@ -7,12 +7,14 @@ import errno
 import fcntl
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from pipeline import process
 from pipeline.errors import (
     ConfigError,
     InputMissing,
@@ -23,16 +25,19 @@ from pipeline.errors import (
 )
 from pipeline.storage import (
     CHUNK_BYTES,
+    PROBE,
     Stat,
     check_listed,
     check_name,
     check_prefix,
     check_readable,
     crc32c_of,
+    probe_name,
     scheme_of,
 )
 
-TEMPORARY = ".writing-"
+TEMPORARY = ".writing-"  # and who writes, by `process.signature`, and a name that is drawn
+ABANDONED_SECONDS = 3600.0  # without a byte written; a writer renames its file right after the last one
 NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
 KIND = {
     errno.ENOENT: InputMissing,
@@ -124,18 +129,31 @@ class LocalStore:
         with translated(path):
             path.unlink(missing_ok=True)
 
+    def clear_up(self, folder: str) -> None:
+        top = (path for kind in (TEMPORARY, PROBE) for path in self.root.glob(f"{kind}*"))
+        for path in (*top, *self._path(folder).rglob(f"{TEMPORARY}*")):
+            with suppress(OSError):
+                if is_abandoned(path):
+                    path.unlink()
+
     def probe(self) -> None:
-        name = f".probe-{uuid.uuid4().hex}"
-        self.put_if_absent(name, b"probe")
+        name = probe_name()
         try:
+            self.put_if_absent(name, b"probe")
             if self.read(name) != b"probe":
                 raise TransferError(f"{self.uri} did not give back what was written to it; check the disk")
         finally:
             with translated(self.root):
-                self._path(name).unlink()
+                self._path(name).unlink(missing_ok=True)
 
     def _path(self, name: str) -> Path:
         return self.root / check_name(name)
+
+
+def is_abandoned(temporary: Path) -> bool:
+    """Whether its writer was surely killed: seen on its own machine and in its own container, else by time."""
+    writer = temporary.name.removeprefix(TEMPORARY).removeprefix(PROBE).partition("_")[0]
+    return process.is_gone_signature(writer) or time.time() - temporary.stat().st_mtime > ABANDONED_SECONDS
 
 
 def version_of(path: Path) -> str:
@@ -166,7 +184,7 @@ CURES: dict[type[QuotesmithError], str] = {
 def written(target: Path) -> Iterator[Path]:
     """A temporary name in the target's folder, gone afterwards. The folder is synced, so a rename lasts."""
     make_folder(target.parent)
-    temporary = target.parent / f"{TEMPORARY}{uuid.uuid4().hex}"
+    temporary = target.parent / f"{TEMPORARY}{process.signature()}_{uuid.uuid4().hex}"
     try:
         yield temporary
         sync(target.parent)
