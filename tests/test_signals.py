@@ -399,18 +399,18 @@ def test_a_stopped_run_says_so_leaves_nothing_behind_and_goes_on_later(
     from tests.test_job import QUOTES, write_bucket
 
     write_bucket(f"{tmp_path}/bucket/in", QUOTES, tmp_path)
-    job = start(toy_gpt2, tmp_path)
+    job = start(toy_gpt2, tmp_path, "--grace-seconds", "100")  # a step can take long beside other tests
     wait_for(job, f"{stage}: started")
     children = tools_of(job) if stage != "finetune" else []
     os.kill(job.pid, number)
-    _, said = job.communicate(timeout=60)
+    _, said = job.communicate(timeout=120)
     assert job.returncode == code, said
     assert "the same command goes on" in said and "Traceback" not in said
     assert not [child for child in children if child.is_running()]
     assert not [path for path in (tmp_path / "bucket" / "out").rglob("*") if path.is_file()]
 
     again = start(toy_gpt2, tmp_path)
-    _, said = again.communicate(timeout=120)
+    _, said = again.communicate(timeout=300)
     assert again.returncode == 0, said
     assert "tokenize: already done" in said
     assert ("finetune: goes on from its checkpoint at step 1" in said) == (stage == "finetune")
