@@ -16,8 +16,21 @@ from pathlib import Path
 
 import pytest
 
-FOUND: pytest.StashKey[Counter[tuple[str, str, str]]] = pytest.StashKey()
 TOLD: pytest.StashKey[Counter[tuple[str, str, str]]] = pytest.StashKey()
+PROPERTY = "faults"  # of a test's report: reports come to the controller from the processes that pytest-xdist starts
+
+
+class Record:
+    """All that passed tests told of, in the process that has every report."""
+
+    def __init__(self) -> None:
+        self.found: Counter[tuple[str, str, str]] = Counter()
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        for name, told in report.user_properties:
+            if name == PROPERTY:
+                for group, fault, outcome, count in told:  # type: ignore[attr-defined]
+                    self.found[group, fault, outcome] += count
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -25,7 +38,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[FOUND] = Counter()
+    config.pluginmanager.register(Record(), PROPERTY)
     config.addinivalue_line("markers", "fault(group, fault, outcome): this test tries one; for the README's table")
 
 
@@ -44,23 +57,21 @@ def record_fault(request: pytest.FixtureRequest) -> Callable[..., None]:
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
     report = yield
     if report.when == "call" and report.passed:
-        found = item.config.stash[FOUND]
-        found.update(item.stash.get(TOLD, Counter()))
-        for marker in item.iter_markers("fault"):
-            group, fault, outcome = marker.args
-            found[group, fault, outcome] += 1
+        told = item.stash.get(TOLD, Counter()) + Counter(marker.args for marker in item.iter_markers("fault"))
+        report.user_properties.append((PROPERTY, [[*key, count] for key, count in told.items()]))
     return report
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     path = session.config.getoption("--faults")
-    if path is None:
+    if path is None or hasattr(session.config, "workerinput"):
         return
     option = session.config.option
     chosen = option.markexpr or option.keyword or session.config.args_source == pytest.Config.ArgsSource.ARGS
+    record = session.config.pluginmanager.get_plugin(PROPERTY)
     with path.open("w") as file:
         file.write(json.dumps({"complete": not chosen and exitstatus == 0, "commit": commit()}) + "\n")
-        for (group, fault, outcome), count in sorted(session.config.stash[FOUND].items()):
+        for (group, fault, outcome), count in sorted(record.found.items()):
             file.write(json.dumps({"group": group, "fault": fault, "outcome": outcome, "count": count}) + "\n")
 
 

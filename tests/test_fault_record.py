@@ -3,6 +3,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 
 TESTS = """
@@ -33,8 +35,9 @@ def run(folder, *arguments, tests=TESTS):
     return [json.loads(line) for line in (folder / "faults").read_text().splitlines()]
 
 
-def test_faults_of_tests_that_passed_are_counted_by_kind(tmp_path):
-    head, *found = run(tmp_path)
+@pytest.mark.parametrize("processes", [(), ("--numprocesses", "2")])
+def test_faults_of_tests_that_passed_are_counted_by_kind(processes, tmp_path):
+    head, *found = run(tmp_path, *processes)
     assert not head["complete"]  # a test failed
     assert [(each["group"], each["fault"], each["count"]) for each in found] == [
         ("files", "torn", 2),
