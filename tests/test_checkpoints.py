@@ -11,7 +11,7 @@ from pipeline.checkpoints import Checkpoints, step_of
 from pipeline.config import ResumeConfig
 from pipeline.errors import ServiceUnavailable, TryLater
 from pipeline.mirror import Mirror
-from pipeline.sealed import MARKER
+from pipeline.sealed import MARKER, opened
 
 ALWAYS = ResumeConfig(steps=1)
 
@@ -120,7 +120,8 @@ def test_a_torn_one_is_passed_over_for_the_one_before(damage, tmp_path, caplog, 
         (newest / "state.json").unlink()
     caplog.set_level(logging.WARNING)
     assert step_of(at(tmp_path).newest()) == 1
-    assert len(caplog.records) == (damage != "no marker")
+    said = [record for record in caplog.records if record.name in (module.__name__, opened.__module__)]
+    assert len(said) == (damage != "no marker")
     save(checkpoints, 2)
     assert step_of(at(tmp_path).newest()) == 2
 
