@@ -188,7 +188,6 @@ def own_disk(folder: Path, size: str) -> list[str] | None:
 LEFT_BYTES = (0, 30_000, 1_000_000, 5_000_000)
 
 
-@takes_long
 def test_on_a_small_disk_that_is_full_from_any_stage_on_the_job_ends_with_71_and_goes_on_when_there_is_room(
     small: tuple[Path, Path],
     undisturbed: Undisturbed,
