@@ -104,9 +104,9 @@ class Stages:
                 self.owner.require_not_overtaken()
             shutil.rmtree(out, ignore_errors=True)
             out.mkdir(parents=True)
-            log.info("%s: started", name)
             given = {"checkpoints": checkpoints} if "checkpoints" in inspect.signature(stage).parameters else {}
             with errors_translated(out), signals.patient() if given and checkpoints.wanted else nullcontext():
+                log.info("%s: started", name)
                 with Meter() as meter, device_errors(name):
                     artifact = stage(*inputs, **context, **given, out=out)
                 record = StageRecord(name, fingerprint, meter.seconds, meter.peak_bytes, meter.peak_gpu_bytes, False)

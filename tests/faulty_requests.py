@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -161,12 +163,24 @@ def torn(part: bytes, fault: str, chance: random.Random) -> bytes:
 
 
 def simulate_time(patch: pytest.MonkeyPatch) -> None:
-    """Pauses pass at once and calls stay in their thread, so that a seed means the same every time."""
-    now = 0.0
+    """Pauses pass at once and calls stay in their thread, so that a seed means the same every time.
+
+    Only in the thread that asks for it: one that an earlier test left behind must not move its clock.
+    """
+    mine, now, really_within = threading.get_ident(), 0.0, retrying.within
+
+    def monotonic() -> float:
+        return now if threading.get_ident() == mine else time.monotonic()
 
     def sleep(seconds: float) -> None:
         nonlocal now
-        now += seconds
+        if threading.get_ident() == mine:
+            now += seconds
+        else:
+            time.sleep(seconds)
 
-    patch.setattr(retrying, "time", SimpleNamespace(monotonic=lambda: now, sleep=sleep))
-    patch.setattr(retrying, "within", lambda act, seconds, where: act())
+    def within(act: Callable[[], Any], seconds: float, where: str) -> Any:
+        return act() if threading.get_ident() == mine else really_within(act, seconds, where)
+
+    patch.setattr(retrying, "time", SimpleNamespace(monotonic=monotonic, sleep=sleep))
+    patch.setattr(retrying, "within", within)

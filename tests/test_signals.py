@@ -88,6 +88,7 @@ def test_an_error_that_a_signal_became_on_its_way_is_still_the_signal(number, co
 
 
 STARTS = """
+signals.state.grace_seconds = 20  # a cold disk can take long to find `ps`
 def work():
     with signals.unwinding():
         end = time.monotonic() + 60
@@ -365,7 +366,7 @@ def test_a_signal_while_torch_is_imported_ends_it_at_once(number, after, tmp_pat
 def start(toy_gpt2, folder, *more):
     command = [sys.executable, "entrypoint.py", "run", "--input", f"{folder}/bucket/in", "--log-format", "text"]
     command += ["--output", f"{folder}/bucket/out", "--work-dir", f"{folder}/work", "--model.base", str(toy_gpt2)]
-    command += ["--train.max-steps", "2", "--evaluate.samples", "1", "--evaluate.max-new-tokens", "8"]
+    command += ["--evaluate.samples", "1", "--evaluate.max-new-tokens", "8"]
     command += ["--calibration.generated", "8", "--recover.steps", "1", "--finish.steps", "1", *more]
     return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
@@ -399,7 +400,8 @@ def test_a_stopped_run_says_so_leaves_nothing_behind_and_goes_on_later(
     from tests.test_job import QUOTES, write_bucket
 
     write_bucket(f"{tmp_path}/bucket/in", QUOTES, tmp_path)
-    job = start(toy_gpt2, tmp_path, "--grace-seconds", "100")  # a step can take long beside other tests
+    steps = ["--train.max-steps", "200" if stage == "finetune" else "2"]  # some are left however late the signal is
+    job = start(toy_gpt2, tmp_path, *steps, "--grace-seconds", "100")  # a step can take long beside other tests
     wait_for(job, f"{stage}: started")
     children = tools_of(job) if stage != "finetune" else []
     os.kill(job.pid, number)
@@ -409,9 +411,9 @@ def test_a_stopped_run_says_so_leaves_nothing_behind_and_goes_on_later(
     assert not [child for child in children if child.is_running()]
     assert not [path for path in (tmp_path / "bucket" / "out").rglob("*") if path.is_file()]
 
-    again = start(toy_gpt2, tmp_path)
+    again = start(toy_gpt2, tmp_path, *steps)
     _, said = again.communicate(timeout=300)
     assert again.returncode == 0, said
     assert "tokenize: already done" in said
-    assert ("finetune: goes on from its checkpoint at step 1" in said) == (stage == "finetune")
+    assert ("finetune: goes on from its checkpoint at step" in said) == (stage == "finetune")
     assert (tmp_path / "bucket" / "out" / "gpt2-ye-trump-Q2_K.gguf").exists()
