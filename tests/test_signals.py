@@ -400,7 +400,7 @@ def test_a_stopped_run_says_so_leaves_nothing_behind_and_goes_on_later(
     from tests.test_job import QUOTES, write_bucket
 
     write_bucket(f"{tmp_path}/bucket/in", QUOTES, tmp_path)
-    steps = ["--train.max-steps", "200" if stage == "finetune" else "2"]  # some are left however late the signal is
+    steps = ["--train.max-steps", "20" if stage == "finetune" else "2"]  # some are left however late the signal is
     job = start(toy_gpt2, tmp_path, *steps, "--grace-seconds", "100")  # a step can take long beside other tests
     wait_for(job, f"{stage}: started")
     children = tools_of(job) if stage != "finetune" else []
