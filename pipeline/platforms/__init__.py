@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Mapping
@@ -82,17 +81,6 @@ def integer(env: Mapping[str, str], name: str, default: int | None = None) -> in
         return int(text)
     except ValueError as e:
         raise ConfigError(f"the environment variable {name} is {text!r}; needed a whole number") from e
-
-
-def read_object(text: str, what: str) -> dict[str, Any]:
-    """A JSON object that the platform wrote."""
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as e:
-        raise ConfigError(f"{what} is not valid JSON: {e}") from e
-    if not isinstance(content, dict):
-        raise ConfigError(f"{what} holds a {type(content).__name__}; needed a JSON object")
-    return content
 
 
 def leave_note(path: Path, sentence: str) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 
 from pipeline.config import JobConfig
 from pipeline.errors import ConfigError
-from pipeline.platforms import Nodes, Values, leave_note, read_object
+from pipeline.json_object import json_object
+from pipeline.platforms import Nodes, Values, leave_note
 
 ML = Path("opt/ml")
 CONFIG = ML / "input/config"
@@ -88,7 +89,7 @@ class SageMaker:
         if not path.is_file():
             return {}
         try:
-            return read_object(path.read_text(encoding="utf-8"), str(path))
+            return json_object(path.read_text(encoding="utf-8"), str(path), ConfigError)
         except UnicodeDecodeError as e:
             raise ConfigError(f"{path} is not UTF-8 text") from e
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from pipeline.config import JobConfig
 from pipeline.errors import ConfigError
-from pipeline.platforms import MASTER_PORT, Nodes, Values, read_object
+from pipeline.json_object import json_object
+from pipeline.platforms import MASTER_PORT, Nodes, Values
 
 SETTINGS = {"AIP_MODEL_DIR": "output", "AIP_CHECKPOINT_DIR": "resume.uri"}
 FUSE = "/gcs/"
@@ -48,7 +49,7 @@ class Vertex:
     def nodes(self) -> Nodes:
         if not self.env.get(SPEC):
             return Nodes()
-        spec = read_object(self.env[SPEC], SPEC)
+        spec = json_object(self.env[SPEC], SPEC, ConfigError)
         try:
             return nodes_of(spec)
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as e:
