@@ -37,6 +37,7 @@ from pipeline.sparsify import sparsify
 from pipeline.stage import Stages
 from pipeline.storage import open_store
 from pipeline.tokens import tokenize
+from pipeline.versions import versions
 
 log = logging.getLogger(__name__)
 
@@ -193,7 +194,7 @@ def gather(resolved: Resolved, given: Given, made: Made, stages: Stages, llama_c
             "generations": found["generations"],
             "long_context": found["long_context"],
             "gates": gates.check({**found, "ggufs": ggufs}, resolved.config.gate),
-            "versions": metrics.versions(llama_cpp),
+            "versions": versions(llama_cpp),
             "hardware": metrics.hardware(),
         }
     )
