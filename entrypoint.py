@@ -34,7 +34,14 @@ log = logging.getLogger("quotesmith")
 GROUP = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 
-@click.group(context_settings=GROUP)
+class Commands(click.Group):
+    """`--self-test` is the command self-test, as images spell it."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, ["self-test", *args[1:]] if args[:1] == ["--self-test"] else args)
+
+
+@click.group(cls=Commands, context_settings=GROUP)
 @click.version_option(__version__, prog_name="quotesmith")
 def cli() -> None:
     """Turn a bucket of quotes into one small GGUF model that speaks in that voice, with proof.
@@ -95,6 +102,23 @@ def config(context: click.Context, config_file: str | None, as_json: bool) -> No
     click.echo(json.dumps(table, indent=1) if as_json else report.of_settings(table))
 
 
+@cli.command("self-test")
+@job_options
+@click.pass_context
+def self_test(context: click.Context, config_file: str | None) -> None:
+    """Say whether a job can run on this machine, and if not, why. Also: --self-test."""
+    cfg = settled(context, config_file).config
+    from pipeline import self_test as test
+
+    parts: list[test.Part] = []
+    for checks in (test.quick(cfg, context.obj.platform, os.environ, context.obj.root), test.thorough(cfg)):
+        for part in checks:
+            parts.append(part)
+            click.echo("\n".join(part.lines()))
+        test.require_usable(parts)
+    click.echo("a job can run here")
+
+
 @cli.command()
 @click.argument("platform", type=click.Choice(PLATFORMS))
 @request_options
@@ -151,7 +175,7 @@ def main(root: Path = Path("/")) -> None:
     signals.handle()
     prepare_environment()
     platform = platforms.find(os.environ, root)
-    signals.leave(exit_code_of(lambda: cli(standalone_mode=False, obj=Door(platform)), platform))
+    signals.leave(exit_code_of(lambda: cli(standalone_mode=False, obj=Door(platform, root=root)), platform))
 
 
 def prepare_environment() -> None:

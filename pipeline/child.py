@@ -112,8 +112,7 @@ def require_success(process: Process, stderr: IO[bytes], writes_in: Path | None 
     if process.returncode == 0:
         return
     command: list[str | Path] = list(process.args)  # type: ignore[arg-type]
-    said = text_of(stderr)
-    last = next((line.strip() for line in reversed(said.splitlines()) if line.strip()), "it said nothing")
+    said, last = text_of(stderr), last_line(stderr)
     name = " ".join(Path(part).name for part in command[:2]) if "python" in str(command[0]) else Path(command[0]).name
     if "No space left" in said or (writes_in and is_full(writes_in)):
         raise MachineError(f"{name} failed because the disk of {writes_in} is full; free some space and run again")
@@ -124,6 +123,10 @@ def require_success(process: Process, stderr: IO[bytes], writes_in: Path | None 
     if -process.returncode in STOPS:
         raise TryLater(f"{name} was stopped by {signal.Signals(-process.returncode).name}; run again")
     raise CheckFailed(f"{name} failed with exit code {process.returncode}; its last line: {last}")
+
+
+def last_line(stderr: IO[bytes]) -> str:
+    return next((line.strip() for line in reversed(text_of(stderr).splitlines()) if line.strip()), "it said nothing")
 
 
 def text_of(file: IO[bytes]) -> str:
