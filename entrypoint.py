@@ -175,6 +175,7 @@ def main(root: Path = Path("/")) -> None:
     signals.handle()
     prepare_environment()
     platform = platforms.find(os.environ, root)
+    signals.state.note = platform.note()
     signals.leave(exit_code_of(lambda: cli(standalone_mode=False, obj=Door(platform, root=root)), platform))
 
 
@@ -195,7 +196,7 @@ def exit_code_of(command: Any, platform: Platform | None = None) -> int:
     except BaseException as e:
         code, sentence = verdict(e)
         if platform and code:
-            platform.report(one_sentence(sentence))
+            platforms.report(platform, one_sentence(sentence))
         return code
 
 

@@ -5,8 +5,10 @@ import io
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
+import time
 from contextlib import chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
@@ -246,6 +248,20 @@ def test_the_program_itself_looks_where_it_is(training_job):
     done = subprocess.run(started, capture_output=True, text=True, env=env, cwd=root)
     assert done.returncode == 78, done.stderr
     assert "train.epochs is 'none' (hyperparameter" in (root / "opt/ml/output/failure").read_text()
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")
+def test_a_job_that_is_ended_in_the_middle_of_an_import_says_so_where_the_platform_looks(training_job):
+    """Where nothing unwinds yet, its watching thread ends the process."""
+    root = training_job()
+    started = [sys.executable, "-c", COMMAND, root, "train"]
+    with subprocess.Popen(started, stderr=subprocess.PIPE, env={**environment({}), "PYTHONPATH": str(ROOT)}) as process:
+        while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.terminate()
+        assert process.wait(60) == 143
+    assert (root / "opt/ml/output/failure").read_text() == f"{signals.sentence(signal.SIGTERM)}\n"
 
 
 @pytest.mark.parametrize("env", [{}, POD, POD | {"PET_NNODES": "1"}])

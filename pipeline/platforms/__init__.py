@@ -53,8 +53,8 @@ class Platform(Protocol):
     def nodes(self) -> Nodes:
         """Raises `ConfigError` for what cannot be understood."""
 
-    def report(self, sentence: str) -> None:
-        """Say why the job failed where the platform shows it. Raises nothing."""
+    def note(self) -> Path | None:
+        """The file in which the platform looks for why the job failed; None: in the log and the exit code alone."""
 
 
 def find(env: Mapping[str, str], root: Path) -> Platform:
@@ -83,7 +83,10 @@ def integer(env: Mapping[str, str], name: str, default: int | None = None) -> in
         raise ConfigError(f"the environment variable {name} is {text!r}; needed a whole number") from e
 
 
-def leave_note(path: Path, sentence: str) -> None:
+def report(platform: Platform, sentence: str) -> None:
+    """Say why the job failed where the platform shows it. Raises nothing."""
+    if not (path := platform.note()):
+        return
     try:
         path.write_text(sentence + "\n", encoding="utf-8")
     except OSError as e:

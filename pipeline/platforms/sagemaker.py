@@ -13,7 +13,7 @@ from typing import Any
 from pipeline.config import JobConfig
 from pipeline.errors import ConfigError
 from pipeline.json_object import json_object
-from pipeline.platforms import Nodes, Values, leave_note
+from pipeline.platforms import Nodes, Values
 
 ML = Path("opt/ml")
 CONFIG = ML / "input/config"
@@ -80,9 +80,9 @@ class SageMaker:
             raise ConfigError(f"{HOSTS} has current_host {this}, which is not among its hosts {', '.join(hosts)}")
         return Nodes(len(hosts), hosts.index(this), hosts[0])
 
-    def report(self, sentence: str) -> None:
+    def note(self) -> Path:
         """FailureReason, of which SageMaker shows the first 1,024 characters."""
-        leave_note(self.root / ML / "output/failure", sentence)
+        return self.root / ML / "output/failure"
 
     def _read(self, name: str) -> dict[str, Any]:
         path = self.root / CONFIG / name

@@ -55,8 +55,8 @@ class Vertex:
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as e:
             raise ConfigError(f"{SPEC} is not as Vertex AI writes it: {type(e).__name__} {e}") from e
 
-    def report(self, sentence: str) -> None:
-        """The log has it already."""
+    def note(self) -> None:
+        """It shows the log."""
 
 
 def nodes_of(spec: Mapping[str, Any]) -> Nodes:
