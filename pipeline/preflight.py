@@ -41,6 +41,8 @@ def preflight(cfg: JobConfig) -> Ground:
     check_work_dir(cfg.work_dir)
     tools = llama_cpp.find(cfg.llama_cpp)
     open_store(cfg.output).probe()
+    if cfg.tensorboard:
+        open_store(cfg.tensorboard)  # its scheme is known
     return Ground(tools, device)
 
 

@@ -139,6 +139,7 @@ def test_sagemaker_says_everything_in_its_files(training_job):
     assert found["calibration.text"][0] == f"{data}/calibration"
     assert found["output"] == (f"{root}/opt/ml/model", "SageMaker's /opt/ml/model")
     assert found["resume.uri"][0] == f"{root}/opt/ml/checkpoints" and found["resume.upload"][0] == "always"
+    assert found["tensorboard"] == (f"{root}/opt/ml/output/tensorboard", "SageMaker's /opt/ml/output/tensorboard")
     assert found["grace_seconds"][0] == 120
     assert found["seed"] == (42, "default")
 
@@ -207,6 +208,7 @@ def test_vertex_says_where_things_go(tmp_path):
     found = origins(command(tmp_path, "config", "--json", env=VERTEX))
     assert found["output"] == ("gs://bucket/out/model", "Vertex AI's AIP_MODEL_DIR")
     assert found["resume.uri"] == ("gs://bucket/out/checkpoints", "Vertex AI's AIP_CHECKPOINT_DIR")
+    assert found["tensorboard"] == ("gs://bucket/out/logs", "Vertex AI's AIP_TENSORBOARD_LOG_DIR")
     found = origins(command(tmp_path, "config", "--json", env={**VERTEX, "QUOTESMITH_OUTPUT": "gs://mine"}))
     assert found["output"] == ("gs://mine", "environment QUOTESMITH_OUTPUT")
 
@@ -231,6 +233,7 @@ def test_what_vertex_gives_wrongly_ends_in_78_with_one_sentence(spec, sentence, 
     [
         ({"output": "/gcs/bucket/models"}, "use gs://bucket/models"),
         ({"resume.uri": "/gcs/bucket/c"}, "use gs://bucket/c"),
+        ({"tensorboard": "/gcs/bucket/logs"}, "use gs://bucket/logs"),
         ({"work_dir": "/gcs/bucket/work"}, "a folder elsewhere"),
     ],
 )

@@ -45,6 +45,7 @@ class SageMaker:
         found: dict[str, tuple[Any, str]] = {
             "output": (str(ml / "model"), "SageMaker's /opt/ml/model"),
             "work_dir": (str(self.root / "tmp/quotesmith"), "SageMaker's storage volume"),
+            "tensorboard": (str(ml / "output/tensorboard"), "SageMaker's /opt/ml/output/tensorboard"),
             "grace_seconds": (GRACE_SECONDS, "SageMaker's time between its signals"),
         }
         if (ml / "checkpoints").is_dir():

@@ -17,7 +17,7 @@ from pipeline.errors import ConfigError
 from pipeline.json_object import json_object
 from pipeline.platforms import MASTER_PORT, Nodes, Values
 
-SETTINGS = {"AIP_MODEL_DIR": "output", "AIP_CHECKPOINT_DIR": "resume.uri"}
+SETTINGS = {"AIP_MODEL_DIR": "output", "AIP_CHECKPOINT_DIR": "resume.uri", "AIP_TENSORBOARD_LOG_DIR": "tensorboard"}
 FUSE = "/gcs/"
 SPEC = "CLUSTER_SPEC"
 POOLS = ("workerpool0", "workerpool1")  # the primary replica, the others
@@ -39,7 +39,8 @@ class Vertex:
 
     def check(self, cfg: JobConfig) -> None:
         """/gcs/… shows buckets as folders, without locks, links and renames that are all or nothing."""
-        for key, path in (("output", cfg.output), ("resume.uri", cfg.resume.uri), ("work_dir", str(cfg.work_dir))):
+        written = {"output": cfg.output, "resume.uri": cfg.resume.uri, "tensorboard": cfg.tensorboard}
+        for key, path in {**written, "work_dir": str(cfg.work_dir)}.items():
             if path.startswith(FUSE):
                 raise ConfigError(
                     f"{key} is {path}, which a job can only read from; "

@@ -11,6 +11,7 @@ from pipeline.settings import all_settings
 from pipeline.storage import scheme_of
 
 WORK = "/work"
+WRITTEN = ("output", "resume.uri", "tensorboard")  # settings
 # The names go into the line, the values stay in the caller's environment; docker leaves out what is not set there.
 SECRETS = {
     "s3": ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_REGION", "AWS_ENDPOINT_URL"),
@@ -48,7 +49,7 @@ def render(job: Job) -> str:
 
 def places_of(job: Job) -> list[str]:
     found: list[str] = []
-    for key in ("input", "output", "calibration.text", "resume.uri"):
+    for key in ("input", "calibration.text", *WRITTEN):
         value = job.settings.get(key, [])
         found += value if isinstance(value, list) else [value]
     return found
@@ -65,7 +66,7 @@ def mounted(job: Job) -> tuple[list[str], dict[str, str], list[str]]:
     inside: dict[tuple[str, str], str] = {}
     for number, (key, path) in enumerate(job.local_paths()):
         outside = Path(path.removeprefix("file://")).expanduser().absolute()
-        if key in ("output", "resume.uri"):
+        if key in WRITTEN:
             inside[key, path] = f"/data/{number}"
             options += ["--volume", f"{outside}:/data/{number}"]
             written.append(str(outside))
