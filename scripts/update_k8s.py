@@ -16,7 +16,7 @@ NOTE = "# Made by scripts/update_k8s.py; change pipeline/render/ or patch this i
 
 
 def example(**request: int) -> Job:
-    return job_of(resolve({}, {}), Request(**request))
+    return job_of(resolve({"output": "gs://my-bucket/models/"}, {}), Request(**request))
 
 
 def manifests() -> dict[str, str]:

@@ -83,13 +83,21 @@ class Job:
         names = {setting.key: setting.env for setting in all_settings()}
         return {names[key]: text for key, text in self.texts().items()}
 
-    def local_paths(self) -> Iterator[tuple[str, str]]:
-        """(key, path) of every setting that names a place on this machine."""
+    def places(self) -> Iterator[tuple[str, str]]:
+        """(key, path or URI) of every setting that names a place, and was given."""
         for key in PLACES:
             value = self.settings.get(key, "")
             for each in value if isinstance(value, list) else [value]:
-                if each and is_local(key, each):
+                if each:
                     yield key, each
+
+    def local_paths(self) -> Iterator[tuple[str, str]]:
+        """(key, path) of those that are on this machine."""
+        return ((key, place) for key, place in self.places() if is_local(key, place))
+
+    def schemes(self) -> set[str]:
+        """Of the buckets that the job uses; "" stands for all else."""
+        return {scheme_of(place) for _, place in self.places()}
 
 
 def job_of(resolved: Resolved, request: Request) -> Job:

@@ -8,7 +8,6 @@ from pathlib import Path
 from pipeline.errors import ConfigError
 from pipeline.render import Job, as_text, refuse
 from pipeline.settings import all_settings
-from pipeline.storage import scheme_of
 
 WORK = "/work"
 WRITTEN = ("output", "resume.uri", "tensorboard")  # settings
@@ -34,7 +33,7 @@ def render(job: Job) -> str:
     env = {names[key]: text for key, text in (job.texts() | places).items()}
     for name, text in {**env, "QUOTESMITH_GRACE_SECONDS": str(job.grace_seconds)}.items():
         options += ["--env", f"{name}={text}"]
-    schemes = {scheme_of(place) for place in places_of(job)}
+    schemes = job.schemes()
     for scheme in sorted(schemes & set(SECRETS) | {""}):
         for name in SECRETS[scheme]:
             options += ["--env", name]
@@ -45,14 +44,6 @@ def render(job: Job) -> str:
     # docker would make a folder that is missing for root, and the job is not root
     before = [shlex.join(["mkdir", "-p", *written]), "&&"] if written else []
     return " ".join([*before, *words]) + "\n"
-
-
-def places_of(job: Job) -> list[str]:
-    found: list[str] = []
-    for key in ("input", "calibration.text", *WRITTEN):
-        value = job.settings.get(key, [])
-        found += value if isinstance(value, list) else [value]
-    return found
 
 
 def is_glob(text: str) -> bool:
