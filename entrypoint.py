@@ -109,9 +109,11 @@ def self_test(context: click.Context, config_file: str | None) -> None:
     """Say whether a job can run on this machine, and if not, why. Also: --self-test."""
     cfg = settled(context, config_file).config
     from pipeline import self_test as test
+    from pipeline.cuda_driver import ask
 
-    parts: list[test.Part] = []
-    for checks in (test.quick(cfg, context.obj.platform, os.environ, context.obj.root), test.thorough(cfg)):
+    door, parts = context.obj, list[test.Part]()
+    driver = ask(door.root)
+    for checks in (test.quick(cfg, door.platform, driver, os.environ, door.root), test.thorough(cfg, driver)):
         for part in checks:
             parts.append(part)
             click.echo("\n".join(part.lines()))

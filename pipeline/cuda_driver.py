@@ -97,13 +97,13 @@ def gpu(cuda: ctypes.CDLL, index: int) -> Gpu:
 
 def torch_build(folder: Path | None = None) -> Build:
     """Of the torch in `folder`, else of the installed one."""
-    folder = folder or Path(str(importlib.metadata.distribution("torch").locate_file("torch")))
     try:
+        folder = folder or Path(str(importlib.metadata.distribution("torch").locate_file("torch")))
         found = BUILT_FOR.search((folder / "version.py").read_text())
         if not found:
             return Build(None, ())
         return Build((int(found[1]), int(found[2])), architectures_in(folder / "lib" / "libtorch_python.so"))
-    except OSError:
+    except (OSError, importlib.metadata.PackageNotFoundError):
         return Build(None, ())
 
 

@@ -134,6 +134,18 @@ def not_given(driver: Driver, needed: Version) -> list[str]:
     ]
 
 
+def unused(driver: Driver) -> Finding:
+    """For a GPU that the driver shows and torch does not: training goes on without it, and takes many times longer."""
+    return Finding(
+        False,
+        f"torch does not see {driver.gpus[0].name}, so jobs compute on the CPU; device cuda makes that an error",
+        (
+            "driver or GPU do not fit this torch, as said above",
+            "torch's own libraries of CUDA are not whole; build the image anew, or install quotesmith anew",
+        ),
+    )
+
+
 def no_kernels(name: str, capability: Version, build: Build) -> Finding:
     newest = max(int(each.partition("_")[2].rstrip("af")) for each in build.architectures)
     old = capability[0] * 10 + capability[1] < newest

@@ -16,11 +16,11 @@ from typing import NamedTuple
 
 from pipeline import __version__, llama_cpp
 from pipeline.config import JobConfig
-from pipeline.cuda_driver import Build, Driver, ask, torch_build
+from pipeline.cuda_driver import Build, Driver, torch_build
 from pipeline.disk import LEAST_FREE_BYTES
 from pipeline.errors import ConfigError, QuotesmithError
 from pipeline.finding import Finding
-from pipeline.gpu_check import dotted, gpu_findings
+from pipeline.gpu_check import dotted, gpu_findings, unused
 from pipeline.memory import RUNTIME_BYTES, cores, memory_available, memory_limit
 from pipeline.platforms import Platform
 from pipeline.versions import PACKAGES, revision
@@ -44,12 +44,12 @@ class Part(NamedTuple):
         return [f"{self.name:10} {self.found}", *(f"  {line}" for each in self.findings for line in each.lines())]
 
 
-def quick(cfg: JobConfig, platform: Platform, env: Mapping[str, str], root: Path = Path("/")) -> Iterator[Part]:
-    """Everything that can be known without torch."""
+def quick(cfg: JobConfig, platform: Platform, driver: Driver, env: Mapping[str, str], root: Path) -> Iterator[Part]:
+    """Everything that can be known without torch. `root` is the file system's."""
     yield Part("quotesmith", f"{__version__}, revision {revision()}")
     yield packages()
     yield checked("platform", lambda: platform_of(platform, cfg))
-    yield gpu_part(ask(root), torch_build(), cfg.device, env)
+    yield gpu_part(driver, torch_build(), cfg.device, env)
     yield checked("llama.cpp", lambda: tools(cfg.llama_cpp))
     yield checked("work_dir", lambda: work_folder(cfg.work_dir))
     yield checked("/tmp", temporary_files)
@@ -57,9 +57,9 @@ def quick(cfg: JobConfig, platform: Platform, env: Mapping[str, str], root: Path
     yield machine(root)
 
 
-def thorough(cfg: JobConfig) -> Iterator[Part]:
+def thorough(cfg: JobConfig, driver: Driver) -> Iterator[Part]:
     """Imports torch and computes where a job would."""
-    yield checked("torch", lambda: computed(cfg.device))
+    yield checked("torch", lambda: computed(cfg.device, driver))
 
 
 def checked(name: str, check: Callable[[], Part]) -> Part:
@@ -169,7 +169,7 @@ def machine(root: Path) -> Part:
     return Part("machine", found, (Finding(fatal, what),))
 
 
-def computed(device: str) -> Part:
+def computed(device: str, driver: Driver) -> Part:
     """A product of two matrices, where a job would compute."""
     try:
         import torch
@@ -184,7 +184,9 @@ def computed(device: str) -> Part:
             raise ConfigError(
                 f"a first computation on {chosen.name} gave {total} instead of {64**3}; take another machine"
             )
-    return Part("torch", f"computes on {chosen.name} ({chosen.why})")
+    unseen = chosen.name == "cpu" and device != "cpu" and bool(driver.gpus)
+    findings = (unused(driver),) if unseen else ()
+    return Part("torch", f"computes on {chosen.name} ({chosen.why})", findings)
 
 
 def room(free: int) -> str:

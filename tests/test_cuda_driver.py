@@ -1,3 +1,4 @@
+import importlib.metadata
 import shutil
 import subprocess
 import time
@@ -82,6 +83,14 @@ def test_a_build_for_cuda_is_read_without_being_imported(tmp_path):
     (tmp_path / "lib/libtorch_python.so").write_bytes(b"nothing of that kind")
     assert architectures_in(tmp_path / "lib/libtorch_python.so") == ()
     assert torch_build(tmp_path / "nowhere") == Build(None, ())
+
+
+def test_where_there_is_no_torch_it_was_built_for_nothing(monkeypatch):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", missing)
+    assert torch_build() == Build(None, ())
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import GPT2Config
 
 import entrypoint
@@ -140,6 +141,14 @@ def test_a_gpu_is_described_with_its_driver_and_what_torch_was_built_for():
         "NVIDIA L4 (24.0 GB, compute capability 8.9), driver 580.65.06 for CUDA 13.0, torch for CUDA 13.0"
     )
     assert part.findings == ()
+
+
+def test_a_gpu_that_the_driver_shows_and_torch_does_not_is_told(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    shown = Driver((), "580.65.06", True, True, 0, (13, 0), (Gpu("NVIDIA L4", (8, 9), 24_000_000_000),))
+    (finding,) = self_test.computed("auto", shown).findings
+    assert not finding.fatal and "torch does not see NVIDIA L4" in finding.what
+    assert self_test.computed("auto", Driver()).findings == self_test.computed("cpu", shown).findings == ()
 
 
 def test_every_problem_is_in_the_one_sentence():
