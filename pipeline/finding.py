@@ -14,5 +14,5 @@ class Finding(NamedTuple):
         head = f"{'problem' if self.fatal else 'remark'}: {self.what}"
         if not self.causes:
             return [head]
-        numbered = [f"    {number}. {cause}" for number, cause in enumerate(self.causes, 1)]
+        numbered = [f"  {number}. {cause}" for number, cause in enumerate(self.causes, 1)]
         return [f"{head}. Likely {'causes' if len(numbered) > 1 else 'cause'}:", *numbered]

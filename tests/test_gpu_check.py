@@ -41,7 +41,7 @@ def test_a_missing_gpu_is_a_problem_only_where_one_was_promised(device, env, fat
     (found,) = findings(NONE, device=device, env=env)
     assert found.fatal is fatal and found.what == "no GPU is visible"
     assert "--gpus all" in found.causes[0] and "580 or newer" in found.causes[-1]
-    assert found.lines()[1].startswith("    1. it was not given to the container")
+    assert found.lines()[1].startswith("  1. it was not given to the container")
 
 
 def test_a_job_for_the_cpu_needs_no_gpu():

@@ -60,6 +60,16 @@ def test_a_gpu_that_was_promised_and_is_not_there_is_said_without_torch(llama_cp
         assert "    1. " in done.stdout and "error: no job can run here: " in done.stderr
 
 
+def test_a_gpu_is_found_through_the_drivers_library(libcuda, llama_cpp, tmp_path):
+    if torch.version.cuda:
+        pytest.skip("this torch would take the library for a driver")
+    answers = {"LD_LIBRARY_PATH": str(libcuda.parent), "CUDA_KNOWN": "12040", "NVIDIA_VISIBLE_DEVICES": "all"}
+    done = command("self-test", cwd=tmp_path, code=NO_TORCH, **answers)
+    assert done.returncode == 78, done.stderr
+    assert "GPU        NVIDIA L4 (24.0 GB, compute capability 8.9), driver" in done.stdout
+    assert "for CUDA 12.4, torch without CUDA\n  problem: this torch was built without CUDA" in done.stdout
+
+
 def test_a_torch_that_cannot_be_imported_is_a_problem(llama_cpp, tmp_path):
     done = command("self-test", cwd=tmp_path, code=NO_TORCH)
     assert done.returncode == 78 and "torch cannot be imported" in done.stderr and "Traceback" not in done.stderr
