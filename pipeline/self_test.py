@@ -18,7 +18,7 @@ from pipeline import __version__, llama_cpp
 from pipeline.config import JobConfig
 from pipeline.cuda_driver import Build, Driver, torch_build
 from pipeline.disk import LEAST_FREE_BYTES
-from pipeline.errors import ConfigError, QuotesmithError
+from pipeline.errors import ConfigError, NotAllowed, QuotesmithError
 from pipeline.finding import Finding
 from pipeline.gpu_check import dotted, gpu_findings, unused
 from pipeline.memory import RUNTIME_BYTES, cores, memory_available, memory_limit
@@ -113,11 +113,29 @@ def tools(folder: str) -> Part:
 
 def work_folder(path: Path) -> Part:
     existed = path.exists()
-    check_work_dir(path)
+    try:
+        check_work_dir(path)
+    except NotAllowed as e:
+        return Part("work_dir", "not writable", (Finding(True, str(e), forbidden(path)),))
     free = shutil.disk_usage(path).free
     if not existed:
         path.rmdir()  # the job makes it
     return Part("work_dir", f"{path.absolute()}, writable by user {os.getuid()}, {room(free)}", little(free, path))
+
+
+def forbidden(path: Path) -> tuple[str, ...]:
+    """Why `path` cannot be written."""
+    found = next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
+    owner, user = found.stat().st_uid, os.getuid()
+    causes = []
+    if os.statvfs(found).f_flag & os.ST_RDONLY:
+        causes.append(f"{found} is read-only; mount a volume for writing there")
+    if owner != user:
+        causes.append(
+            f"{found} belongs to user {owner}, and this is user {user}; run as that user (docker's --user), give the "
+            "volume to this one (a pod's fsGroup), or set work_dir to a folder of this user"
+        )
+    return tuple(causes)
 
 
 def temporary_files() -> Part:

@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from pipeline.render import Job, Request, job_of, k8s, trainjob  # noqa: E402  # noqa: E402
+from pipeline.render import Job, Request, job_of, k8s, trainjob  # noqa: E402
 from pipeline.settings import resolve  # noqa: E402
 
 NAME = "quotesmith"

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,20 @@ def test_a_work_folder_that_cannot_be_written_is_a_problem(llama_cpp, tmp_path):
     read_only = mounted(f"mount -t tmpfs -o ro tmpfs {tmp_path}")
     done = command("--self-test", "--work-dir", str(tmp_path), before=read_only)
     assert done.returncode == 78 and f"work_dir {tmp_path} cannot be written" in done.stderr, done.stderr
+    assert f"    1. {tmp_path} is read-only; mount a volume" in done.stdout
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+def test_a_work_folder_of_another_user_is_told_with_both_users():
+    code = (
+        "import os, pathlib, sys; from pipeline import self_test; os.setuid(65534);"
+        "print(*self_test.work_folder(pathlib.Path(sys.argv[1])).lines(), sep='\\n')"
+    )
+    with tempfile.TemporaryDirectory() as volume:  # pytest's own folders are closed to others
+        Path(volume).chmod(0o755)
+        done = command(f"{volume}/work", code=code)
+    assert "cannot be made (Permission denied)" in done.stdout, done.stderr
+    assert f"1. {volume} belongs to user 0, and this is user 65534; run as that user" in done.stdout
 
 
 def test_no_room_for_temporary_files_is_a_problem(llama_cpp, tmp_path):
