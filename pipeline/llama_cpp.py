@@ -58,7 +58,8 @@ class Speed:
 
 def find(folder: str = "") -> LlamaCpp:
     """The build in `folder`, else the newest in the cache. Raises `ConfigError` when it is absent or not whole."""
-    cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    # Path.home raises for a user that has none, as containers run with
+    cache_home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))  # noqa: PTH111
     root = (Path(folder) if folder else cache_home / "quotesmith" / "llama.cpp" / "current").resolve()
     needed = [Path("BUILD.json"), CONVERTER, *(Path("bin", program) for program in PROGRAMS)]
     missing = [str(path) for path in needed if not (root / path).is_file()]

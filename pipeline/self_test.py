@@ -66,7 +66,7 @@ def checked(name: str, check: Callable[[], Part]) -> Part:
     """What a job would end with is fatal here."""
     try:
         return check()
-    except QuotesmithError as e:
+    except (QuotesmithError, OSError) as e:
         return Part(name, "not usable", (Finding(True, str(e)),))
 
 

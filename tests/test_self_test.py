@@ -121,6 +121,16 @@ def test_a_work_folder_of_another_user_is_told_with_both_users():
     assert f"1. {volume} belongs to user 0, and this is user 65534; run as that user" in done.stdout
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+def test_a_user_without_a_home_is_told_what_is_missing_and_not_a_traceback():
+    code = (
+        "import os; from pipeline import self_test; del os.environ['HOME']; os.setuid(12345);"
+        "print(*self_test.checked('llama.cpp', lambda: self_test.tools('')).lines(), sep='\\n')"
+    )
+    done = command(code=code, cwd="/")
+    assert "problem: the llama.cpp tools are not in /" in done.stdout, done.stderr
+
+
 def test_no_room_for_temporary_files_is_a_problem(llama_cpp, tmp_path):
     small = mounted(f"mount -t tmpfs -o size=64k tmpfs {tmp_path}")
     done = command("--self-test", before=small, TMPDIR=str(tmp_path))
