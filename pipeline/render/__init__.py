@@ -51,7 +51,11 @@ class Request:
     hours: int = asked(6, "The platform ends the job after this time.")
     starts: int = asked(4, "The platform starts the job at most so often.")
     spot: bool = asked(False, "Take a cheaper machine that can be taken away (Vertex AI, SageMaker).")
-    identity: str = asked("", "Whose rights the job has: a Google service account or the ARN of an AWS role.")
+    identity: str = asked(
+        "",
+        "Whose rights the job has: a Google service account or the ARN of an AWS role. On Kubernetes the jobs of a "
+        "namespace share one.",
+    )
     machine: str = asked("", "Machine or instance type (Vertex AI, SageMaker). Default: the smallest with the GPUs.")
 
 
