@@ -34,7 +34,14 @@ log = logging.getLogger("quotesmith")
 GROUP = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 
-@click.group(context_settings=GROUP)
+class Commands(click.Group):
+    """`--self-test` is the command self-test, as images spell it."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, ["self-test", *args[1:]] if args[:1] == ["--self-test"] else args)
+
+
+@click.group(cls=Commands, context_settings=GROUP)
 @click.version_option(__version__, prog_name="quotesmith")
 def cli() -> None:
     """Turn a bucket of quotes into one small GGUF model that speaks in that voice, with proof.
@@ -95,6 +102,25 @@ def config(context: click.Context, config_file: str | None, as_json: bool) -> No
     click.echo(json.dumps(table, indent=1) if as_json else report.of_settings(table))
 
 
+@cli.command("self-test")
+@job_options
+@click.pass_context
+def self_test(context: click.Context, config_file: str | None) -> None:
+    """Say whether a job can run on this machine, and if not, why. Also: --self-test."""
+    cfg = settled(context, config_file).config
+    from pipeline import self_test as test
+    from pipeline.cuda_driver import ask
+
+    door, parts = context.obj, list[test.Part]()
+    driver = ask(door.root)
+    for checks in (test.quick(cfg, door.platform, driver, os.environ, door.root), test.thorough(cfg, driver)):
+        for part in checks:
+            parts.append(part)
+            click.echo("\n".join(part.lines()))
+        test.require_usable(parts)
+    click.echo("a job can run here")
+
+
 @cli.command()
 @click.argument("platform", type=click.Choice(PLATFORMS))
 @request_options
@@ -151,7 +177,8 @@ def main(root: Path = Path("/")) -> None:
     signals.handle()
     prepare_environment()
     platform = platforms.find(os.environ, root)
-    signals.leave(exit_code_of(lambda: cli(standalone_mode=False, obj=Door(platform)), platform))
+    signals.state.note = platform.note()
+    signals.leave(exit_code_of(lambda: cli(standalone_mode=False, obj=Door(platform, root=root)), platform))
 
 
 def prepare_environment() -> None:
@@ -171,7 +198,7 @@ def exit_code_of(command: Any, platform: Platform | None = None) -> int:
     except BaseException as e:
         code, sentence = verdict(e)
         if platform and code:
-            platform.report(one_sentence(sentence))
+            platforms.report(platform, one_sentence(sentence))
         return code
 
 

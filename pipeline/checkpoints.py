@@ -13,9 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from pipeline import signals
-from pipeline.child import LEAST_FREE_BYTES
 from pipeline.config import ResumeConfig
-from pipeline.disk import FULL, number_of
+from pipeline.disk import is_full
 from pipeline.mirror import Mirror, tolerated
 from pipeline.sealed import clear_up, opened, seal
 from pipeline.storage.local import TEMPORARY, sync
@@ -155,10 +154,6 @@ def superseded(names: Sequence[str], newest: str) -> list[str]:
     over: otherwise the work would have gone on from them."""
     before = sorted(name for name in names if name < newest)
     return before[: 1 - KEPT] + [name for name in names if name > newest]
-
-
-def is_full(folder: Path, error: Exception) -> bool:
-    return number_of(error) in FULL or shutil.disk_usage(folder).free < LEAST_FREE_BYTES
 
 
 def usable(checkpoint: Path) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import tempfile
@@ -13,10 +12,9 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from pipeline import groups, signals
+from pipeline.disk import is_full
 from pipeline.errors import CheckFailed, MachineError, TryLater
 from pipeline.meter import saw_tool
-
-LEAST_FREE_BYTES = 1 << 20  # a program that failed while writing, with less than this left, failed for lack of disk
 
 IO_ERRORS = ("Input/output error", "iostream error")  # the second is all that a C++ program hears of any of them
 
@@ -114,10 +112,9 @@ def require_success(process: Process, stderr: IO[bytes], writes_in: Path | None 
     if process.returncode == 0:
         return
     command: list[str | Path] = list(process.args)  # type: ignore[arg-type]
-    said = text_of(stderr)
-    last = next((line.strip() for line in reversed(said.splitlines()) if line.strip()), "it said nothing")
+    said, last = text_of(stderr), last_line(stderr)
     name = " ".join(Path(part).name for part in command[:2]) if "python" in str(command[0]) else Path(command[0]).name
-    if "No space left" in said or (writes_in and shutil.disk_usage(writes_in).free < LEAST_FREE_BYTES):
+    if "No space left" in said or (writes_in and is_full(writes_in)):
         raise MachineError(f"{name} failed because the disk of {writes_in} is full; free some space and run again")
     if any(sign in said for sign in IO_ERRORS):
         raise MachineError(f"{name} failed because a disk did (input/output error); check it, or run again elsewhere")
@@ -126,6 +123,10 @@ def require_success(process: Process, stderr: IO[bytes], writes_in: Path | None 
     if -process.returncode in STOPS:
         raise TryLater(f"{name} was stopped by {signal.Signals(-process.returncode).name}; run again")
     raise CheckFailed(f"{name} failed with exit code {process.returncode}; its last line: {last}")
+
+
+def last_line(stderr: IO[bytes]) -> str:
+    return next((line.strip() for line in reversed(text_of(stderr).splitlines()) if line.strip()), "it said nothing")
 
 
 def text_of(file: IO[bytes]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,6 +15,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from pipeline.artifacts import Facts
+from pipeline.checkpoints import Checkpoints
+
+log = logging.getLogger(__name__)
 
 WEIGHTS = "weights.safetensors"
 OPTIMIZER = "optimizer.pt"
@@ -47,6 +51,18 @@ class Course:
     tokens: int = 0
     curve: list[Facts] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
+
+
+def resumed(
+    checkpoints: Checkpoints | None, best: Best, optimizer: Optimizer, schedule: LRScheduler, what: str
+) -> Course | None:
+    """The course of the newest checkpoint, all that belongs to it put back in place; None where there is none."""
+    found = checkpoints.newest() if checkpoints else None
+    if not found:
+        return None
+    course = read(found, best, optimizer, schedule)
+    log.info("%s: goes on from its checkpoint at step %d", what, course.step)
+    return course
 
 
 def write(folder: Path, course: Course, best: Best, optimizer: Optimizer, schedule: LRScheduler) -> None:

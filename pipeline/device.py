@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from pipeline.errors import ConfigError, MachineError, ServiceUnavailable, TryLater
+from pipeline.gpu_check import GIVE_A_GPU
 
 GPU_FAILED = ("CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS", "cuDNN error")  # in errors without a class of their own
 NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"
@@ -36,8 +37,8 @@ def choose_device(asked: str) -> Device:
         return Device("cuda", f"asked for: {name}" if asked == "cuda" else f"auto: {name} is visible")
     if asked == "cuda":
         raise ServiceUnavailable(
-            "device is cuda but no GPU is visible to this process; start the container with --gpus all (or ask the "
-            "scheduler for nvidia.com/gpu), or set device to auto or cpu"
+            f"device is cuda but no GPU is visible to this process; {GIVE_A_GPU}, or set device to auto or cpu "
+            "(--self-test says why)"
         )
     return Device("cpu", "auto: no GPU is visible")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from pipeline.errors import MachineError, QuotesmithError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 FAILING = (errno.EIO,)
+LEAST_FREE_BYTES = 1 << 20  # with less than this left, what failed while writing failed for lack of disk
 IN_RUST = re.compile(r"\(os error (\d+)\)")  # safetensors and tokenizers have exceptions of their own
 IN_TORCH = ("PytorchStreamWriter failed", "unexpected pos")  # torch.save, which keeps no number
 
@@ -23,6 +25,11 @@ def number_of(error: BaseException) -> int | None:
     if found := IN_RUST.search(str(error)):
         return int(found[1])
     return errno.EIO if any(sign in str(error) for sign in IN_TORCH) else None
+
+
+def is_full(folder: Path, error: BaseException | None = None) -> bool:
+    """Whether the disk of `folder` has no room, or `error` says so."""
+    return (error is not None and number_of(error) in FULL) or shutil.disk_usage(folder).free < LEAST_FREE_BYTES
 
 
 def as_machine_error(error: BaseException, where: object) -> MachineError | None:

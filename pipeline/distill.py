@@ -19,13 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
+from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from pipeline.activations import grouped
 from pipeline.artifacts import Facts
 from pipeline.checkpoints import Checkpoints
 from pipeline.collate import collate
-from pipeline.course import Best, Course, read, write
+from pipeline.course import Best, Course, resumed, write
 from pipeline.errors import CheckFailed
 from pipeline.progress import bar
 
@@ -75,33 +76,22 @@ def distill(
     Raises `CheckFailed` when the loss is not finite.
     """
     trained = [parameter for group in groups for parameter in group.parameters]
-    for parameter in student.parameters():
-        parameter.requires_grad_(False)
+    student.requires_grad_(False)
     for parameter in trained:
         parameter.requires_grad_(True)
-    optimizer = torch.optim.AdamW(
-        [{"params": group.parameters, "lr": recipe.learning_rate * group.rate} for group in groups],
-        betas=(0.9, 0.98),
-        weight_decay=0.0,
-    )
+    optimizer = optimizer_of(groups, recipe)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(step, recipe.steps))
     best = Best(trained, math.inf)
-    found = checkpoints.newest() if checkpoints else None
-    if found:
-        course = read(found, best, optimizer, schedule)
-        log.info("%s: goes on from its checkpoint at step %d", what, course.step)
-    else:
+    course = resumed(checkpoints, best, optimizer, schedule, what)
+    if course is None:
         course, best.loss = Course(), validate(student, teacher, validation, recipe)
-    started, resumed = time.monotonic() - course.seconds, course.step
+    started, before = time.monotonic() - course.seconds, course.step
     course.curve = course.curve or [point(0, started, best.loss)]
     every = max(1, math.ceil(recipe.steps / VALIDATIONS))
-    batches = islice(endless(train, recipe.batch_tokens, recipe.seed), resumed, None)
-    for step in bar(range(resumed + 1, recipe.steps + 1), what, recipe.steps - resumed):
+    batches = islice(endless(train, recipe.batch_tokens, recipe.seed), before, None)
+    for step in bar(range(before + 1, recipe.steps + 1), what, recipe.steps - before):
         loss, counted = divergence(student, teacher, next(batches), recipe)
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(trained, GRADIENT_NORM)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        descend(loss, trained, optimizer)
         schedule.step()
         after_step()
         course.step, course.tokens = step, course.tokens + counted
@@ -117,13 +107,32 @@ def distill(
             course.seconds = time.monotonic() - started
             checkpoints.save(step, lambda folder: write(folder, course, best, optimizer, schedule))
     best.restore()
+    return facts_of(course, best, recipe, validation) | {"resumed": before}  # step of its checkpoint; 0: from the start
+
+
+def optimizer_of(groups: Sequence[Group], recipe: Recipe) -> Optimizer:
+    return torch.optim.AdamW(
+        [{"params": group.parameters, "lr": recipe.learning_rate * group.rate} for group in groups],
+        betas=(0.9, 0.98),
+        weight_decay=0.0,
+    )
+
+
+def descend(loss: Tensor, trained: Sequence[nn.Parameter], optimizer: Optimizer) -> None:
+    """One step of the optimizer, with the gradient clipped."""
+    loss.backward()  # type: ignore[no-untyped-call]
+    nn.utils.clip_grad_norm_(trained, GRADIENT_NORM)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def facts_of(course: Course, best: Best, recipe: Recipe, validation: Sequences) -> Facts:
     return {
         "steps": course.step,
         "planned_steps": recipe.steps,
-        "resumed": resumed,  # step of the checkpoint it went on from; 0: from the start
         "tokens": course.tokens,
         "precision": recipe.precision,
-        "trained_parameters": sum(parameter.numel() for parameter in trained),
+        "trained_parameters": sum(parameter.numel() for parameter in best.parameters),
         "validation_tokens": sum(len(ids) - 1 for ids in validation),
         "validation_kl_before": course.curve[0]["validation_kl"],
         "validation_kl": best.loss,

@@ -54,12 +54,7 @@ def evaluate(
     board = Scoreboard(tuned, tokens, cfg, device, seed)
     board.torch_row("base", base, load_fp32(base, device))
     board.torch_row("tuned", tuned, board.tuned_model)
-    nf4: dict[str, Any] = ledger.missing("fourbit.enabled is false")
-    if fourbit.enabled:
-        model = load_nf4(tuned.path, device)
-        nf4 = nf4_facts(model)
-        board.nf4_row(model, nf4)
-        del model
+    nf4 = in_four_bits(board, tuned) if fourbit.enabled else ledger.missing("fourbit.enabled is false")
     board.torch_row("pruned", pruned, load_fp32(pruned, device))
     board.torch_row("recovered", recovered, load_fp32(recovered, device))
     board.gguf_row("F16", f16, tools)
@@ -67,8 +62,6 @@ def evaluate(
         if before.type != "F16":
             board.gguf_row("quantized", before, tools)
             board.gguf_row("finished", after, tools)
-    positions = AutoConfig.from_pretrained(base.path).max_position_embeddings
-    other_text = [ids for split in ("train", "validation") for ids in load_calibration(calibration, split)]
     result = {
         "ledger": [asdict(row) for row in board.rows],
         "nf4": nf4,
@@ -76,10 +69,10 @@ def evaluate(
         "long_context": long_context.of_files(
             tools,
             [file.path for file in finished.files],
-            positions,
+            AutoConfig.from_pretrained(base.path).max_position_embeddings,
             f16.facts["metadata"]["context_length"],
             board.sequences,
-            other_text,
+            [ids for split in ("train", "validation") for ids in load_calibration(calibration, split)],
             bootstrap=cfg.bootstrap,
             seed=seed,
         ),
@@ -88,6 +81,14 @@ def evaluate(
     path = out / "evaluation.json"
     path.write_text(json.dumps(result, ensure_ascii=False, allow_nan=False))
     return Evaluation(path, sha256_of(path), result)
+
+
+def in_four_bits(board: Scoreboard, tuned: Checkpoint) -> dict[str, Any]:
+    """A row of the tuned model loaded in NF4, and what it is like so."""
+    model = load_nf4(tuned.path, board.device)
+    facts = nf4_facts(model)
+    board.nf4_row(model, facts)
+    return facts
 
 
 def held_out(tokens: TokenDataset, at_most: int) -> list[list[int]]:

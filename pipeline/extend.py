@@ -19,7 +19,7 @@ from pipeline.artifacts import Calibration, Checkpoint, Facts
 from pipeline.calibrate import load_calibration
 from pipeline.checkpoints import Checkpoints
 from pipeline.config import ExportConfig
-from pipeline.course import Best, Course, read, write
+from pipeline.course import Best, Course, resumed, write
 from pipeline.device import arithmetic_of
 from pipeline.distill import arithmetic
 from pipeline.errors import CheckFailed
@@ -164,48 +164,64 @@ def train_rows(
     one vector every `KNOT` positions, and in between on the straight line from one to the next, because tables that
     were trained are smooth too.
     """
-    table = table_of(model).weight
-    filled = table.detach()[positions:].clone()
-    shares = hats(len(filled), KNOT).to(table.device)
-    knots = nn.Parameter(torch.zeros(shares.shape[1], table.shape[1], device=table.device))
-    best = Best([knots], math.inf)
-    optimizer = torch.optim.AdamW([knots], lr=LEARNING_RATE, weight_decay=0.0)
+    rows = NewRows(table_of(model).weight, positions)
+    best = Best([rows.knots], math.inf)
+    optimizer = torch.optim.AdamW([rows.knots], lr=LEARNING_RATE, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
-    found = checkpoints.newest() if checkpoints else None
-    if found:
-        course = read(found, best, optimizer, schedule)
-        log.info("extend: goes on from its checkpoint at step %d", course.step)
-        table.data[positions:] = filled + shares @ knots.data
-    else:
+    course = resumed(checkpoints, best, optimizer, schedule, "extend")
+    if course is None:
         course, best.loss = Course(), loss_of(model, checks)
-    resumed, loss_before = course.step, best.loss
+    else:
+        rows.lay()
+    before, loss_before = course.step, best.loss
     for parameter in model.parameters():
-        parameter.requires_grad_(parameter is table)
+        parameter.requires_grad_(parameter is rows.table)
     with little_memory(model):
-        for step in bar(range(resumed + 1, steps + 1), "extend", steps - resumed):
-            course.losses.append(backward(model, positions, train, len(table), seed + step - 1))
+        for step in bar(range(before + 1, steps + 1), "extend", steps - before):
+            course.losses.append(backward(model, positions, train, len(rows.table), seed + step - 1))
             if not math.isfinite(course.losses[-1]):
                 raise CheckFailed(f"extend: the loss is {course.losses[-1]} at step {step} of {steps}")
-            knots.grad = shares.T @ torch.as_tensor(table.grad)[positions:]
-            table.grad = None
+            rows.gather()
             optimizer.step()
             schedule.step()
-            table.data[positions:] = filled + shares @ knots.data
+            rows.lay()
             course.step = step
             if checkpoints and step < steps and checkpoints.due(step):
                 checkpoints.save(step, lambda folder: write(folder, course, best, optimizer, schedule))
     loss_after = loss_of(model, checks)
     if loss_after >= loss_before:
-        table.data[positions:] = filled
+        rows.undo()
     return {
         "steps": steps,
-        "resumed": resumed,  # step of the checkpoint it went on from; 0: from the start
+        "resumed": before,  # step of the checkpoint it went on from; 0: from the start
         "kept": loss_after < loss_before,
         "loss_before": loss_before,
         "loss_after": loss_after,
         "loss": min(loss_after, loss_before),
         "loss_history": course.losses,
     }
+
+
+class NewRows:
+    """The rows of `table` from `positions` on: what they were filled with, and `knots`, which are trained."""
+
+    def __init__(self, table: Tensor, positions: int) -> None:
+        self.table, self.positions = table, positions
+        self.filled = table.detach()[positions:].clone()  # (R, C)
+        self.shares = hats(len(self.filled), KNOT).to(table.device)  # (R, K)
+        self.knots = nn.Parameter(torch.zeros(self.shares.shape[1], table.shape[1], device=table.device))  # (K, C)
+
+    def lay(self) -> None:
+        """The knots as they are now show in the table."""
+        self.table.data[self.positions :] = self.filled + self.shares @ self.knots.data
+
+    def gather(self) -> None:
+        """The table's gradient becomes the knots'."""
+        self.knots.grad = self.shares.T @ torch.as_tensor(self.table.grad)[self.positions :]
+        self.table.grad = None
+
+    def undo(self) -> None:
+        self.table.data[self.positions :] = self.filled
 
 
 def backward(model: PreTrainedModel, positions: int, train: Sequences, context: int, seed: int) -> float:

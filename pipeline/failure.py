@@ -14,12 +14,13 @@ from pipeline.config import JobConfig
 from pipeline.errors import CheckFailed, ConfigError, DataError, InputMissing, QuotesmithError
 from pipeline.foreign_text import printable
 from pipeline.manifest import as_json
-from pipeline.metrics import gpu_name, versions
+from pipeline.metrics import gpu_name
 from pipeline.redact import LONGEST_SENTENCE, one_sentence
 from pipeline.rejection import Rejected
 from pipeline.retrying import within
 from pipeline.stage import code_digest
 from pipeline.storage import Store
+from pipeline.versions import versions
 
 log = logging.getLogger(__name__)
 

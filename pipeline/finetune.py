@@ -15,6 +15,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel, PrinterCallback, TrainingArguments
 from transformers import EarlyStoppingCallback as Patience
 
+from pipeline import curves
 from pipeline.adapters import merged, with_adapters
 from pipeline.artifacts import Checkpoint, Facts, TokenDataset
 from pipeline.checkpoints import Checkpoints
@@ -50,7 +51,7 @@ def finetune(
     splits = {split: load_split(tokens, split) for split in ("train", "validation", "holdout")}
     batch_size = cfg.batch_size
     while True:
-        for leftover in ("trainer", "tensorboard"):
+        for leftover in ("trainer", curves.FOLDER):
             shutil.rmtree(out / leftover, ignore_errors=True)
         try:
             trainer, model = train(base, splits, cfg, batch_size, device, seed, out, checkpoints)
@@ -99,7 +100,7 @@ def train(
         data_collator=collate,
         train_dataset=splits["train"],
         eval_dataset={name: splits[name] for name in ("validation", "holdout") if len(splits[name])},
-        callbacks=callbacks(cfg.early_stopping, arguments.fp16, out / "tensorboard"),
+        callbacks=callbacks(cfg.early_stopping, arguments.fp16, out / curves.FOLDER),
         checkpoints=checkpoints,
     )
     trainer.remove_callback(PrinterCallback)  # it prints every logged line to standard output

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from pipeline import __version__, base_model, gates, metrics, settings
+from pipeline import __version__, base_model, curves, gates, metrics, settings
 from pipeline.artifacts import Checkpoint, Corpus, Evaluation, GgufFile, GgufSet, Release, TokenDataset
 from pipeline.base_model import obtain
 from pipeline.calibrate import calibrate
@@ -37,6 +37,7 @@ from pipeline.sparsify import sparsify
 from pipeline.stage import Stages
 from pipeline.storage import open_store
 from pipeline.tokens import tokenize
+from pipeline.versions import versions
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ log = logging.getLogger(__name__)
 # out. The gates do not either, but a release is written once and its metrics hold the judgement: with other gates the
 # same files are another release.
 NOT_IN_RUN_ID: dict[str, Any] = {
-    **dict.fromkeys(("input", "output", "work_dir", "llama_cpp", "log_format"), True),
+    **dict.fromkeys(("input", "output", "work_dir", "llama_cpp", "log_format", "tensorboard"), True),
     **dict.fromkeys(("resume", "lease", "grace_seconds"), True),
     "calibration": {"text"},
     "model": {"base", "revision"},  # a path or an id; what it holds is identified by its hash or commit
@@ -134,6 +135,7 @@ def make(stages: Stages, given: Given, cfg: JobConfig, ground: Ground) -> Made:
     tokens = stages.run(tokenize, given.corpus, base, cfg.tokens)
     where: dict[str, Any] = {"device": device.name, "seed": cfg.seed}
     tuned = stages.run(finetune, base, tokens, cfg.train, **where)
+    curves.show(tuned, cfg.tensorboard)
     calibration = stages.run(calibrate, tuned, tokens, given.text, cfg.calibration, cfg.tokens, **where)
     pruned = stages.run(sparsify, tuned, calibration, cfg.sparsity, **where)
     recovered = stages.run(recover, pruned, tuned, calibration, cfg.recover, **where)
@@ -193,7 +195,7 @@ def gather(resolved: Resolved, given: Given, made: Made, stages: Stages, llama_c
             "generations": found["generations"],
             "long_context": found["long_context"],
             "gates": gates.check({**found, "ggufs": ggufs}, resolved.config.gate),
-            "versions": metrics.versions(llama_cpp),
+            "versions": versions(llama_cpp),
             "hardware": metrics.hardware(),
         }
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import struct
 import subprocess
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,6 +27,8 @@ PROGRAMS = ("llama-quantize", "llama-bench", "llama-probe")
 CONVERTER = Path("convert", "convert_hf_to_gguf.py")
 BENCH = ("-p", "64", "-n", "32", "-r", "3")  # tokens of prompt, tokens to generate, repetitions
 WORD = np.dtype("<i4")
+START_SECONDS = 10
+REBUILD = "run scripts/build_llama_cpp.sh on a machine of this kind, or take the image that fits it"
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,8 @@ class Speed:
 
 def find(folder: str = "") -> LlamaCpp:
     """The build in `folder`, else the newest in the cache. Raises `ConfigError` when it is absent or not whole."""
-    cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    # Path.home raises for a user that has none, as containers run with
+    cache_home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))  # noqa: PTH111
     root = (Path(folder) if folder else cache_home / "quotesmith" / "llama.cpp" / "current").resolve()
     needed = [Path("BUILD.json"), CONVERTER, *(Path("bin", program) for program in PROGRAMS)]
     missing = [str(path) for path in needed if not (root / path).is_file()]
@@ -71,6 +75,25 @@ def find(folder: str = "") -> LlamaCpp:
     except (ValueError, KeyError, TypeError) as e:
         raise ConfigError(f"{root / 'BUILD.json'} is damaged; delete {root} and run scripts/build_llama_cpp.sh") from e
     return LlamaCpp(root, version, text)
+
+
+def require_programs_start(tools: LlamaCpp) -> None:
+    """Raises `ConfigError` for a program that this machine cannot run, or that lacks a library."""
+    for name in PROGRAMS:
+        try:
+            with child.started([tools.program(name), "--help"], stdout=subprocess.DEVNULL) as (process, stderr):
+                code = process.wait(START_SECONDS)
+                said = child.last_line(stderr)
+        except OSError as e:
+            raise ConfigError(f"{tools.program(name)} does not start ({e.strerror}); {REBUILD}") from e
+        except subprocess.TimeoutExpired as e:
+            raise ConfigError(f"{tools.program(name)} does not answer within {START_SECONDS} s; {REBUILD}") from e
+        if code == -signal.SIGILL:
+            raise ConfigError(
+                f"this CPU lacks instructions (AVX2) that {tools.program(name)} needs; take a newer machine"
+            )
+        if code not in (0, 1):  # 1: most tools that only showed their help
+            raise ConfigError(f"{tools.program(name)} does not start ({said}); {REBUILD}")
 
 
 def threads() -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -12,24 +11,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from pipeline import __version__
 from pipeline.stage import StageRecord
 
 SCHEMA_VERSION = 1
 SCHEMA_PATH = Path(__file__).parent / "metrics.schema.json"
-PACKAGES = (
-    *(
-        "accelerate",
-        "bitsandbytes",
-        "datasets",
-        "gguf",
-        "google-cloud-storage",
-        "numpy",
-        "peft",
-        "safetensors",
-    ),
-    *("tokenizers", "torch", "transformers"),
-)
 
 
 class Strict(BaseModel):
@@ -188,11 +173,6 @@ def stage_figures(records: Sequence[StageRecord], facts: dict[str, dict[str, Any
         }
         for record in records
     ]
-
-
-def versions(llama_cpp: str) -> dict[str, str]:
-    found = {name: importlib.metadata.version(name) for name in PACKAGES}
-    return {"quotesmith": __version__, "python": platform.python_version(), "llama.cpp": llama_cpp, **found}
 
 
 def hardware() -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -22,6 +23,7 @@ class Door:
     """Where the command line was called, and the settings that its flags gave."""
 
     platform: Platform = field(default_factory=platforms.here)
+    root: Path = Path("/")  # of the file system
     flags: dict[str, Any] = field(default_factory=dict)
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -15,8 +13,7 @@ from pipeline.artifacts import Checkpoint
 from pipeline.budget import least
 from pipeline.config import JobConfig
 from pipeline.device import Device, choose_device, choose_precision
-from pipeline.disk import as_machine_error
-from pipeline.errors import ConfigError, NotAllowed
+from pipeline.errors import ConfigError
 from pipeline.forecast import Forecast, forecasts_of, handle_fallbacks
 from pipeline.kept_zeros import require_types_with_zeros
 from pipeline.llama_cpp import LlamaCpp
@@ -25,6 +22,7 @@ from pipeline.positions import LEARNED, require_extendable
 from pipeline.quant_types import check_types
 from pipeline.sparsify import check_method, check_pattern
 from pipeline.storage import open_store
+from pipeline.work_folder import check_work_dir
 
 
 class Ground(NamedTuple):
@@ -43,6 +41,8 @@ def preflight(cfg: JobConfig) -> Ground:
     check_work_dir(cfg.work_dir)
     tools = llama_cpp.find(cfg.llama_cpp)
     open_store(cfg.output).probe()
+    if cfg.tensorboard:
+        open_store(cfg.tensorboard)  # its scheme is known
     return Ground(tools, device)
 
 
@@ -115,16 +115,3 @@ def check_size(file: str, foretold: int, cfg: JobConfig) -> None:
             f"{file} will have {foretold:,} bytes, but gate.max_bytes allows {limit:,}; raise it, choose a smaller "
             f"type in quantize.types, or set quantize.max_bytes to {limit}"
         )
-
-
-def check_work_dir(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        writable = os.access(path, os.W_OK)
-    except OSError as e:
-        if error := as_machine_error(e, path):
-            raise error from e
-        kind = ConfigError if isinstance(e, FileExistsError | NotADirectoryError) else NotAllowed
-        raise kind(f"work_dir {path} cannot be made ({e.strerror}); choose a folder that can be written") from e
-    if not writable:
-        raise NotAllowed(f"work_dir {path} cannot be written; choose a folder that can")

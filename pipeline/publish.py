@@ -3,7 +3,6 @@ with plain names. A crash anywhere leaves either no release or a whole one, and 
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import tempfile
@@ -11,11 +10,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from pipeline import manifest
 from pipeline.artifacts import Release, ReleasedFile
 from pipeline.errors import DataError, InputMissing, TargetTaken, TransferError, TryLater
+from pipeline.json_object import json_object
 from pipeline.manifest import manifest_name, object_name
 from pipeline.progress import bar
 from pipeline.storage import Store, open_store
@@ -141,7 +141,7 @@ def read_metrics(release: Release) -> dict[str, Any]:
     for file in release.files:
         if file.name == METRICS:
             data = open_store(release.output).read(object_name(release.run_id, file.sha256))
-            return parsed(data, f"{METRICS} of {release.uri}")
+            return json_object(data, f"{METRICS} of {release.uri}", DataError)
     raise DataError(f"{release.uri} has no {METRICS}; it was not published by a whole job")
 
 
@@ -224,21 +224,11 @@ def point_latest(store: Store, release: Release) -> bool:
 def latest(store: Store) -> dict[str, Any] | None:
     if store.stat(LATEST) is None:
         return None
-    content = parsed(store.read(LATEST), f"{store.uri}/{LATEST}")
+    content = json_object(store.read(LATEST), f"{store.uri}/{LATEST}", DataError)
     known = all(isinstance(content.get(key), str) for key in ("run_id", "created", "manifest_sha256"))
     if not known or not RUN_ID.fullmatch(content["run_id"]):
         raise DataError(f"{store.uri}/{LATEST} is not a pointer of this program; move it away")
     return content
-
-
-def parsed(data: bytes, where: str) -> dict[str, Any]:
-    try:
-        content = json.loads(data)
-    except (ValueError, RecursionError) as e:
-        raise DataError(f"{where} is not JSON: {e}") from e
-    if not isinstance(content, dict):
-        raise DataError(f"{where} is not a JSON object")
-    return cast(dict[str, Any], content)
 
 
 def split_run(uri: str) -> tuple[str, str]:

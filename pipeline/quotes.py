@@ -4,7 +4,6 @@ round them. Reading is bounded: neither a line without an end nor a gzip bomb fi
 from __future__ import annotations
 
 import gzip
-import json
 import re
 import unicodedata
 import zlib
@@ -15,6 +14,7 @@ from typing import BinaryIO, cast
 
 from pipeline.config import DataConfig
 from pipeline.errors import DataError
+from pipeline.json_object import json_object
 from pipeline.marks import CLOSING, RIGHT, strip_marks
 
 CHUNK_BYTES = 1024 * 1024
@@ -179,12 +179,7 @@ def json_text(line: Line, name: str, field: str) -> str:
     if not text.strip():
         return ""
     where = f"{name}, line {line.number}"
-    try:
-        record = json.loads(text)
-    except (ValueError, RecursionError) as e:
-        raise DataError(f"{where}: not one JSON object a line: {e}") from e
-    if not isinstance(record, dict):
-        raise DataError(f"{where}: found a JSON {type(record).__name__}, needed an object with {field!r}")
+    record = json_object(text, where, DataError, f"one JSON object a line, with {field!r}")
     if not isinstance(record.get(field), str):
         raise DataError(
             f"{where}: the record has no text in {field!r} but the fields {', '.join(record) or 'none'}; "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,14 +14,13 @@ from pipeline.artifacts import Checkpoint
 from pipeline.checkpoints import KEPT
 from pipeline.config import JobConfig
 from pipeline.errors import ConfigError, MachineError
+from pipeline.memory import RUNTIME_BYTES, memory_available
 from pipeline.storage import scheme_of
 from pipeline.storage.local import local_path
 
 log = logging.getLogger(__name__)
 
-RUNTIME_BYTES = 500_000_000  # Python, torch and the other libraries, before any model
 LARGEST_QUANT = 8.5 / 32  # Q8_0 of fp32; smaller types need less
-CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
 def check_room(base: Checkpoint, cfg: JobConfig, device: str) -> None:
@@ -136,22 +134,6 @@ def trained_bytes(base: Checkpoint) -> int:
     table = 4 * config.vocab_size * config.hidden_size
     tables: int = table if config.tie_word_embeddings else 2 * table
     return max(0, weight_bytes(base) - tables)
-
-
-def memory_available() -> int | None:
-    """Bytes for this process, what it has already included, within the container's limit; None: unknown."""
-    try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        own = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-        found = int(lines["MemAvailable"].split()[0]) * 1024 + own
-    except (OSError, KeyError, ValueError):
-        return None
-    for path in CGROUP_LIMITS:
-        try:
-            found = min(found, int(path.read_text()))
-        except (OSError, ValueError):  # another version of cgroups, or "max"
-            continue
-    return found
 
 
 def size_of(folder: Path) -> int:

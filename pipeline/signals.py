@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
@@ -39,6 +40,7 @@ class State:
     owed = False  # the signal is an exception, or becomes one where nothing must be torn
     exit_code: int | None = None  # of a command that has ended
     handled = False
+    note: Path | None = None  # a file in which the platform looks for why the process ended
 
 
 state = State()
@@ -172,8 +174,14 @@ def end(number: signal.Signals) -> NoReturn:
     groups.kill_all()
     if state.exit_code is not None:
         os._exit(state.exit_code)
+    said = f"{sentence(state.received or number)}\n".encode()
     with suppress(OSError):
-        os.write(2, f"{sentence(state.received or number)}\n".encode())
+        if state.note:
+            file = os.open(state.note, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+            os.write(file, said)
+    with suppress(OSError):
+        if select.select([], [2], [], 0)[1]:  # a log that nobody reads any more would hold the end up
+            os.write(2, said)
     os._exit(128 + (state.received or number))
 
 

@@ -10,11 +10,25 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pipeline import process, signals
-from pipeline.errors import TryLater
+from pipeline.disk import as_machine_error
+from pipeline.errors import ConfigError, NotAllowed, TryLater
 from pipeline.storage.local import translated
 
 LOCK = "IN_USE"
 POLL_SECONDS = 0.5
+
+
+def check_work_dir(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        writable = os.access(path, os.W_OK)
+    except OSError as e:
+        if error := as_machine_error(e, path):
+            raise error from e
+        kind = ConfigError if isinstance(e, FileExistsError | NotADirectoryError) else NotAllowed
+        raise kind(f"work_dir {path} cannot be made ({e.strerror}); choose a folder that can be written") from e
+    if not writable:
+        raise NotAllowed(f"work_dir {path} cannot be written; choose a folder that can")
 
 
 @contextmanager

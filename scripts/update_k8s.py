@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from pipeline.render import Job, Request, job_of, k8s, trainjob  # noqa: E402  # noqa: E402
+from pipeline.render import Job, Request, job_of, k8s, trainjob  # noqa: E402
 from pipeline.settings import resolve  # noqa: E402
 
 NAME = "quotesmith"
@@ -16,7 +16,7 @@ NOTE = "# Made by scripts/update_k8s.py; change pipeline/render/ or patch this i
 
 
 def example(**request: int) -> Job:
-    return job_of(resolve({}, {}), Request(**request))
+    return job_of(resolve({"output": "gs://my-bucket/models/"}, {}), Request(**request))
 
 
 def manifests() -> dict[str, str]:

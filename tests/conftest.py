@@ -149,6 +149,16 @@ def smollm_gguf() -> Path:
 
 
 @pytest.fixture(scope="session")
+def libcuda(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A library that answers as the NVIDIA driver's does; the environment says what."""
+    if not shutil.which("cc"):
+        pytest.skip("no C compiler")
+    path = tmp_path_factory.mktemp("driver") / "libcuda.so.1"
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", path, ROOT / "tests" / "libcuda.c"], check=True)
+    return path
+
+
+@pytest.fixture(scope="session")
 def llama_cpp() -> LlamaCpp:
     """The compiled tools."""
     from pipeline import llama_cpp as engine

@@ -20,7 +20,9 @@ def command(*args, **env):
     )
 
 
-@pytest.mark.parametrize("name", [[], ["run"], ["train"], ["plan"], ["config"], ["render"], ["generate"], ["verify"]])
+@pytest.mark.parametrize(
+    "name", [[], ["run"], ["train"], ["plan"], ["config"], ["render"], ["generate"], ["verify"], ["self-test"]]
+)
 def test_help_imports_neither_torch_nor_transformers(name):
     script = (
         "import sys, click.testing, entrypoint as e;"
@@ -31,7 +33,7 @@ def test_help_imports_neither_torch_nor_transformers(name):
 
 
 def test_every_setting_is_an_option_of_run_plan_config_and_render():
-    for name in ("run", "train", "plan", "config", "render"):
+    for name in ("run", "train", "plan", "config", "render", "self-test"):
         text = CliRunner().invoke(entrypoint.cli, [name, "--help"]).output
         assert all(setting.flag in text for setting in all_settings()), name
 

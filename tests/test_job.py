@@ -53,8 +53,10 @@ def bucket(request, tmp_path):
 
 def test_a_bucket_of_quotes_becomes_a_verified_release_once(bucket, toy_gpt2, llama_cpp, tmp_path):
     write_bucket(f"{bucket}/in", QUOTES, tmp_path)
-    outcome = job.run(toy_job(toy_gpt2, bucket, tmp_path / "work"))
+    outcome = job.run(toy_job(toy_gpt2, bucket, tmp_path / "work", tensorboard=f"{bucket}/logs"))
     store = open_store(f"{bucket}/out")
+    ((events, _),) = open_store(f"{bucket}/logs").list("")
+    assert events.startswith("finetune/events.out.tfevents")
 
     found = {name for name, _ in store.list("")}
     assert {"gpt2-ye-trump-Q2_K.gguf", "metrics.json", "README.md", "Modelfile", "latest.json"} <= found

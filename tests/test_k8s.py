@@ -255,10 +255,23 @@ def test_the_network_policy_holds_for_the_pods_and_lets_out_what_they_need(sourc
     assert policy["spec"]["podSelector"]["matchLabels"].items() <= labels.items()
     ports = {port["port"] for rule in policy["spec"]["egress"] for port in rule.get("ports", [])}
     assert {53, 443} <= ports
+    aws = source == "overlays/eks-irsa"
+    assert (k8s.METADATA in policy["spec"]["egress"]) != aws and ({80, 988} <= ports) != aws
     several = spec.get("parallelism", 1) > 1 or (bool(kind(objects, "TrainJob")) and source != "trainjob")
     assert bool(policy["spec"]["ingress"]) == several
     for rule in policy["spec"]["ingress"]:
         assert [each["podSelector"]["matchLabels"].items() <= labels.items() for each in rule["from"]] == [True]
+
+
+@everything
+def test_settings_cannot_change_under_a_job_that_is_there(source):
+    assert [each["immutable"] for each in kind(objects_of(source), "ConfigMap")] == [True]
+
+
+def test_a_job_without_a_bucket_of_google_does_not_reach_for_its_tokens():
+    job = job_of(resolve({"input": "s3://b/in", "output": "s3://b/out"}, {}), Request())
+    (policy,) = kind(list(yaml.safe_load_all(render("k8s", job))), "NetworkPolicy")
+    assert [port["port"] for rule in policy["spec"]["egress"] for port in rule["ports"]] == [53, 53, 443]
 
 
 def test_two_jobs_in_one_namespace_share_nothing_but_the_account():

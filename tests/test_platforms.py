@@ -5,8 +5,10 @@ import io
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
+import time
 from contextlib import chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
@@ -137,6 +139,7 @@ def test_sagemaker_says_everything_in_its_files(training_job):
     assert found["calibration.text"][0] == f"{data}/calibration"
     assert found["output"] == (f"{root}/opt/ml/model", "SageMaker's /opt/ml/model")
     assert found["resume.uri"][0] == f"{root}/opt/ml/checkpoints" and found["resume.upload"][0] == "always"
+    assert found["tensorboard"] == (f"{root}/opt/ml/output/tensorboard", "SageMaker's /opt/ml/output/tensorboard")
     assert found["grace_seconds"][0] == 120
     assert found["seed"] == (42, "default")
 
@@ -205,6 +208,7 @@ def test_vertex_says_where_things_go(tmp_path):
     found = origins(command(tmp_path, "config", "--json", env=VERTEX))
     assert found["output"] == ("gs://bucket/out/model", "Vertex AI's AIP_MODEL_DIR")
     assert found["resume.uri"] == ("gs://bucket/out/checkpoints", "Vertex AI's AIP_CHECKPOINT_DIR")
+    assert found["tensorboard"] == ("gs://bucket/out/logs", "Vertex AI's AIP_TENSORBOARD_LOG_DIR")
     found = origins(command(tmp_path, "config", "--json", env={**VERTEX, "QUOTESMITH_OUTPUT": "gs://mine"}))
     assert found["output"] == ("gs://mine", "environment QUOTESMITH_OUTPUT")
 
@@ -229,6 +233,7 @@ def test_what_vertex_gives_wrongly_ends_in_78_with_one_sentence(spec, sentence, 
     [
         ({"output": "/gcs/bucket/models"}, "use gs://bucket/models"),
         ({"resume.uri": "/gcs/bucket/c"}, "use gs://bucket/c"),
+        ({"tensorboard": "/gcs/bucket/logs"}, "use gs://bucket/logs"),
         ({"work_dir": "/gcs/bucket/work"}, "a folder elsewhere"),
     ],
 )
@@ -246,6 +251,20 @@ def test_the_program_itself_looks_where_it_is(training_job):
     done = subprocess.run(started, capture_output=True, text=True, env=env, cwd=root)
     assert done.returncode == 78, done.stderr
     assert "train.epochs is 'none' (hyperparameter" in (root / "opt/ml/output/failure").read_text()
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")
+def test_a_job_that_is_ended_in_the_middle_of_an_import_says_so_where_the_platform_looks(training_job):
+    """Where nothing unwinds yet, its watching thread ends the process."""
+    root = training_job()
+    started = [sys.executable, "-c", COMMAND, root, "train"]
+    with subprocess.Popen(started, stderr=subprocess.PIPE, env={**environment({}), "PYTHONPATH": str(ROOT)}) as process:
+        while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.terminate()
+        assert process.wait(60) == 143
+    assert (root / "opt/ml/output/failure").read_text() == f"{signals.sentence(signal.SIGTERM)}\n"
 
 
 @pytest.mark.parametrize("env", [{}, POD, POD | {"PET_NNODES": "1"}])

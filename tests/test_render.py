@@ -198,8 +198,9 @@ def test_sagemaker_takes_the_request_and_its_container_gets_the_same_settings(tm
     channels = {each["ChannelName"]: {"TrainingInputMode": each["InputMode"]} for each in asked["InputDataConfig"]}
     (config / "inputdataconfig.json").write_text(json.dumps(channels))
     found = resolve({}, {}, None, platforms.find({}, tmp_path)).config
-    kept = {"grace_seconds", "input", "work_dir"}
+    kept = {"grace_seconds", "input", "work_dir", "tensorboard"}
     assert found.model_dump(exclude=kept) == expected.model_dump(exclude=kept)
+    assert asked["TensorBoardOutputConfig"]["S3OutputPath"] == f"{GIVEN['output']}/tensorboard"
     assert found.input == tuple(f"{tmp_path}/opt/ml/input/data/quotes-0{number}" for number in (0, 1))
     sources = [each["DataSource"]["S3DataSource"]["S3Uri"] for each in asked["InputDataConfig"]]
     assert sources == GIVEN["input"]

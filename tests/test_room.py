@@ -11,7 +11,6 @@ from pipeline.room import (
     check_room,
     checkpoints_needed,
     disk_needed,
-    memory_available,
     memory_needed,
     needs_of,
     released_beside,
@@ -93,14 +92,6 @@ def test_a_gpu_that_is_certain_to_be_too_small_is_a_setting_to_change():
     check_gpu(2 * GB, 2 * GB)
     with pytest.raises(ConfigError, match=r"at least 3\.0 GB of GPU memory .*, but the GPU has 2\.0 GB"):
         check_gpu(3 * GB, 2 * GB)
-
-
-def test_a_container_has_no_more_memory_than_its_limit(tmp_path, monkeypatch):
-    monkeypatch.setattr(room, "CGROUP_LIMITS", (tmp_path / "absent", tmp_path / "max"))
-    (tmp_path / "max").write_text("max\n")
-    whole = memory_available()
-    (tmp_path / "max").write_text("123456789\n")
-    assert whole > memory_available() == 123456789
 
 
 @pytest.mark.parametrize("make", [gpt2, llama])

@@ -210,6 +210,26 @@ def test_a_second_signal_ends_it_at_once(script):
     assert returned == 143 and seconds < 5
 
 
+@pytest.mark.parametrize("numbers", [[signal.SIGTERM], [signal.SIGTERM, signal.SIGINT]])
+def test_an_end_without_unwinding_still_says_why_where_the_platform_looks(numbers, script, tmp_path):
+    note = tmp_path / "termination-log"
+    note.write_text("older and longer than the sentence that follows, " * 9)
+    hangs = f"from pathlib import Path\nsignals.state.note = Path({str(note)!r})\n{HANGS['in one long call']}"
+    returned, _, err, seconds = stopped(script("signals.state.unwinds = True\nsay('ready')\n" + hangs), *numbers)
+    assert returned == 143 and seconds < 0.8 + 3
+    assert note.read_text() == err == f"{signals.sentence(signal.SIGTERM)}\n"
+
+
+def test_a_note_that_cannot_be_written_and_a_log_that_nobody_reads_do_not_hold_the_end_up(script, tmp_path):
+    full = "import fcntl\nfcntl.fcntl(2, 1031, 4096)  # F_SETPIPE_SZ\nos.write(2, bytes(4096))\n"
+    hangs = f"from pathlib import Path\nsignals.state.note = Path({str(tmp_path)!r})\n{HANGS['in cleaning up']}"
+    process = script(full + "signals.state.unwinds = True\nsay('ready')\n" + hangs)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 143
+    assert process.communicate()[1] == "\0" * 4096
+
+
 def test_with_nothing_to_save_the_first_signal_ends_it_at_once(script):
     slow = "signals.state.grace_seconds = 60\nsay('ready')\n" + HANGS["in one long call"]
     returned, _, err, seconds = stopped(script(slow), signal.SIGTERM)

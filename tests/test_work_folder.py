@@ -2,12 +2,13 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from pipeline import work_folder
-from pipeline.errors import TryLater
-from pipeline.work_folder import LOCK, alone_in
+from pipeline.errors import MachineError, TryLater
+from pipeline.work_folder import LOCK, alone_in, check_work_dir
 
 HOLDS = (
     "import sys, time, pathlib, fcntl, os\n"
@@ -80,3 +81,12 @@ def test_a_signal_while_the_lock_is_taken_does_not_leave_it_behind(tmp_path, mon
     with pytest.raises(KeyboardInterrupt), alone_in(tmp_path, 0):
         pass
     assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_without_room_for_a_folder_is_no_lack_of_rights(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "mkdir", full)
+    with pytest.raises(MachineError, match="work"):
+        check_work_dir(tmp_path / "work")

@@ -72,6 +72,9 @@ class JobConfig(Section):
     log_format: Literal["auto", "text", "json"] = Field(
         "auto", description="auto: text and progress bars on a terminal, else one JSON object a line."
     )
+    tensorboard: str = Field(
+        "", description="A folder or a gs:// or s3:// prefix for TensorBoard's files of the training, when it is done."
+    )
     grace_seconds: float = Field(
         10, gt=0, description="Seconds from SIGTERM to SIGKILL on the platform: by then the job has ended by itself."
     )

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Mapping
@@ -54,8 +53,8 @@ class Platform(Protocol):
     def nodes(self) -> Nodes:
         """Raises `ConfigError` for what cannot be understood."""
 
-    def report(self, sentence: str) -> None:
-        """Say why the job failed where the platform shows it. Raises nothing."""
+    def note(self) -> Path | None:
+        """The file in which the platform looks for why the job failed; None: in the log and the exit code alone."""
 
 
 def find(env: Mapping[str, str], root: Path) -> Platform:
@@ -84,18 +83,10 @@ def integer(env: Mapping[str, str], name: str, default: int | None = None) -> in
         raise ConfigError(f"the environment variable {name} is {text!r}; needed a whole number") from e
 
 
-def read_object(text: str, what: str) -> dict[str, Any]:
-    """A JSON object that the platform wrote."""
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as e:
-        raise ConfigError(f"{what} is not valid JSON: {e}") from e
-    if not isinstance(content, dict):
-        raise ConfigError(f"{what} holds a {type(content).__name__}; needed a JSON object")
-    return content
-
-
-def leave_note(path: Path, sentence: str) -> None:
+def report(platform: Platform, sentence: str) -> None:
+    """Say why the job failed where the platform shows it. Raises nothing."""
+    if not (path := platform.note()):
+        return
     try:
         path.write_text(sentence + "\n", encoding="utf-8")
     except OSError as e:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config import JobConfig
-from pipeline.platforms import MASTER_PORT, Nodes, Values, integer, leave_note
+from pipeline.platforms import MASTER_PORT, Nodes, Values, integer
 
 TERMINATION_LOG = Path("dev/termination-log")  # terminationMessagePath's default; the kubelet reads 4,096 bytes of it
 GRACE_SECONDS = 30  # terminationGracePeriodSeconds' default
@@ -41,10 +41,9 @@ class Kubernetes:
         master = self.env.get("MASTER_ADDR", "")
         return Nodes(count, integer(self.env, INDEX), master, integer(self.env, "MASTER_PORT", MASTER_PORT))
 
-    def report(self, sentence: str) -> None:
+    def note(self) -> Path | None:
         path = self.root / TERMINATION_LOG
-        if path.exists():  # mounted by the kubelet; anything else would be a file that nobody reads
-            leave_note(path, sentence)
+        return path if path.exists() else None  # mounted by the kubelet; anything else would be a file nobody reads
 
 
 def find(env: Mapping[str, str], root: Path) -> Kubernetes | None:

@@ -26,8 +26,8 @@ class Local:
     def nodes(self) -> Nodes:
         return Nodes()
 
-    def report(self, sentence: str) -> None:
-        """stderr has it already."""
+    def note(self) -> None:
+        """People look at stderr."""
 
 
 def find(env: Mapping[str, str], root: Path) -> Local:

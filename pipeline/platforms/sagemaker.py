@@ -12,7 +12,8 @@ from typing import Any
 
 from pipeline.config import JobConfig
 from pipeline.errors import ConfigError
-from pipeline.platforms import Nodes, Values, leave_note, read_object
+from pipeline.json_object import json_object
+from pipeline.platforms import Nodes, Values
 
 ML = Path("opt/ml")
 CONFIG = ML / "input/config"
@@ -44,6 +45,7 @@ class SageMaker:
         found: dict[str, tuple[Any, str]] = {
             "output": (str(ml / "model"), "SageMaker's /opt/ml/model"),
             "work_dir": (str(self.root / "tmp/quotesmith"), "SageMaker's storage volume"),
+            "tensorboard": (str(ml / "output/tensorboard"), "SageMaker's /opt/ml/output/tensorboard"),
             "grace_seconds": (GRACE_SECONDS, "SageMaker's time between its signals"),
         }
         if (ml / "checkpoints").is_dir():
@@ -79,16 +81,16 @@ class SageMaker:
             raise ConfigError(f"{HOSTS} has current_host {this}, which is not among its hosts {', '.join(hosts)}")
         return Nodes(len(hosts), hosts.index(this), hosts[0])
 
-    def report(self, sentence: str) -> None:
+    def note(self) -> Path:
         """FailureReason, of which SageMaker shows the first 1,024 characters."""
-        leave_note(self.root / ML / "output/failure", sentence)
+        return self.root / ML / "output/failure"
 
     def _read(self, name: str) -> dict[str, Any]:
         path = self.root / CONFIG / name
         if not path.is_file():
             return {}
         try:
-            return read_object(path.read_text(encoding="utf-8"), str(path))
+            return json_object(path.read_text(encoding="utf-8"), str(path), ConfigError)
         except UnicodeDecodeError as e:
             raise ConfigError(f"{path} is not UTF-8 text") from e
 

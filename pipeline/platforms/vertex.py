@@ -14,9 +14,10 @@ from typing import Any
 
 from pipeline.config import JobConfig
 from pipeline.errors import ConfigError
-from pipeline.platforms import MASTER_PORT, Nodes, Values, read_object
+from pipeline.json_object import json_object
+from pipeline.platforms import MASTER_PORT, Nodes, Values
 
-SETTINGS = {"AIP_MODEL_DIR": "output", "AIP_CHECKPOINT_DIR": "resume.uri"}
+SETTINGS = {"AIP_MODEL_DIR": "output", "AIP_CHECKPOINT_DIR": "resume.uri", "AIP_TENSORBOARD_LOG_DIR": "tensorboard"}
 FUSE = "/gcs/"
 SPEC = "CLUSTER_SPEC"
 POOLS = ("workerpool0", "workerpool1")  # the primary replica, the others
@@ -38,7 +39,8 @@ class Vertex:
 
     def check(self, cfg: JobConfig) -> None:
         """/gcs/… shows buckets as folders, without locks, links and renames that are all or nothing."""
-        for key, path in (("output", cfg.output), ("resume.uri", cfg.resume.uri), ("work_dir", str(cfg.work_dir))):
+        written = {"output": cfg.output, "resume.uri": cfg.resume.uri, "tensorboard": cfg.tensorboard}
+        for key, path in {**written, "work_dir": str(cfg.work_dir)}.items():
             if path.startswith(FUSE):
                 raise ConfigError(
                     f"{key} is {path}, which a job can only read from; "
@@ -48,14 +50,14 @@ class Vertex:
     def nodes(self) -> Nodes:
         if not self.env.get(SPEC):
             return Nodes()
-        spec = read_object(self.env[SPEC], SPEC)
+        spec = json_object(self.env[SPEC], SPEC, ConfigError)
         try:
             return nodes_of(spec)
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as e:
             raise ConfigError(f"{SPEC} is not as Vertex AI writes it: {type(e).__name__} {e}") from e
 
-    def report(self, sentence: str) -> None:
-        """The log has it already."""
+    def note(self) -> None:
+        """It shows the log."""
 
 
 def nodes_of(spec: Mapping[str, Any]) -> Nodes:

@@ -24,7 +24,14 @@ IMAGE = f"quotesmith:{__version__}"
 USER = 10001  # the image's
 GRACE_SECONDS = 120  # between the two signals, where the job may ask for it: enough to write a checkpoint of GPT-2
 OF_THE_IMAGE = ("work_dir", "llama_cpp", "grace_seconds")
-PLACES = ("input", "output", "model.base", "calibration.text", "resume.uri")  # settings that can be a path
+PLACES = (
+    "input",
+    "output",
+    "model.base",
+    "calibration.text",
+    "resume.uri",
+    "tensorboard",
+)  # settings that can be a path
 
 
 def asked(default: Any, meaning: str) -> Any:
@@ -44,7 +51,11 @@ class Request:
     hours: int = asked(6, "The platform ends the job after this time.")
     starts: int = asked(4, "The platform starts the job at most so often.")
     spot: bool = asked(False, "Take a cheaper machine that can be taken away (Vertex AI, SageMaker).")
-    identity: str = asked("", "Whose rights the job has: a Google service account or the ARN of an AWS role.")
+    identity: str = asked(
+        "",
+        "Whose rights the job has: a Google service account or the ARN of an AWS role. On Kubernetes the jobs of a "
+        "namespace share one.",
+    )
     machine: str = asked("", "Machine or instance type (Vertex AI, SageMaker). Default: the smallest with the GPUs.")
 
 
@@ -76,13 +87,21 @@ class Job:
         names = {setting.key: setting.env for setting in all_settings()}
         return {names[key]: text for key, text in self.texts().items()}
 
-    def local_paths(self) -> Iterator[tuple[str, str]]:
-        """(key, path) of every setting that names a place on this machine."""
+    def places(self) -> Iterator[tuple[str, str]]:
+        """(key, path or URI) of every setting that names a place, and was given."""
         for key in PLACES:
             value = self.settings.get(key, "")
             for each in value if isinstance(value, list) else [value]:
-                if each and is_local(key, each):
+                if each:
                     yield key, each
+
+    def local_paths(self) -> Iterator[tuple[str, str]]:
+        """(key, path) of those that are on this machine."""
+        return ((key, place) for key, place in self.places() if is_local(key, place))
+
+    def schemes(self) -> set[str]:
+        """Of the buckets that the job uses; "" stands for all else."""
+        return {scheme_of(place) for _, place in self.places()}
 
 
 def job_of(resolved: Resolved, request: Request) -> Job:

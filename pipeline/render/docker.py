@@ -8,9 +8,9 @@ from pathlib import Path
 from pipeline.errors import ConfigError
 from pipeline.render import Job, as_text, refuse
 from pipeline.settings import all_settings
-from pipeline.storage import scheme_of
 
 WORK = "/work"
+WRITTEN = ("output", "resume.uri", "tensorboard")  # settings
 # The names go into the line, the values stay in the caller's environment; docker leaves out what is not set there.
 SECRETS = {
     "s3": ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_REGION", "AWS_ENDPOINT_URL"),
@@ -33,7 +33,7 @@ def render(job: Job) -> str:
     env = {names[key]: text for key, text in (job.texts() | places).items()}
     for name, text in {**env, "QUOTESMITH_GRACE_SECONDS": str(job.grace_seconds)}.items():
         options += ["--env", f"{name}={text}"]
-    schemes = {scheme_of(place) for place in places_of(job)}
+    schemes = job.schemes()
     for scheme in sorted(schemes & set(SECRETS) | {""}):
         for name in SECRETS[scheme]:
             options += ["--env", name]
@@ -44,14 +44,6 @@ def render(job: Job) -> str:
     # docker would make a folder that is missing for root, and the job is not root
     before = [shlex.join(["mkdir", "-p", *written]), "&&"] if written else []
     return " ".join([*before, *words]) + "\n"
-
-
-def places_of(job: Job) -> list[str]:
-    found: list[str] = []
-    for key in ("input", "output", "calibration.text", "resume.uri"):
-        value = job.settings.get(key, [])
-        found += value if isinstance(value, list) else [value]
-    return found
 
 
 def is_glob(text: str) -> bool:
@@ -65,7 +57,7 @@ def mounted(job: Job) -> tuple[list[str], dict[str, str], list[str]]:
     inside: dict[tuple[str, str], str] = {}
     for number, (key, path) in enumerate(job.local_paths()):
         outside = Path(path.removeprefix("file://")).expanduser().absolute()
-        if key in ("output", "resume.uri"):
+        if key in WRITTEN:
             inside[key, path] = f"/data/{number}"
             options += ["--volume", f"{outside}:/data/{number}"]
             written.append(str(outside))

@@ -14,6 +14,12 @@ from pipeline.render.pod import ACCOUNT, Object, failure_policy, labels, setting
 CONTAINER = "quotesmith"
 KEPT_SECONDS = 24 * 3600  # a finished job, for whoever wants to read its log
 WORKERS = "workers"
+# GKE's metadata server, which hands out a service account's tokens, under both of its addresses
+# (https://cloud.google.com/kubernetes-engine/docs/how-to/workload-identity).
+METADATA: Object = {
+    "to": [{"ipBlock": {"cidr": f"169.254.169.{last}/32"}} for last in (252, 254)],
+    "ports": [{"protocol": "TCP", "port": port} for port in (80, 988)],
+}
 IDENTITIES = {"arn:": "eks.amazonaws.com/role-arn", "": "iam.gke.io/gcp-service-account"}
 
 
@@ -47,15 +53,18 @@ def service_account(job: Job) -> Object:
 
 
 def config_map(job: Job, name: str) -> Object:
-    return {**head("v1", "ConfigMap", settings_of(name), of=name), "data": job.env()}
+    """It cannot be changed under a job that is there: a pod that is started again would have other settings."""
+    return {**head("v1", "ConfigMap", settings_of(name), of=name), "immutable": True, "data": job.env()}
 
 
 def network_policy(job: Job, name: str) -> Object:
-    """Out: names and HTTPS, which is where buckets and the hub are. In: nothing but the job's other nodes."""
+    """Out: names, HTTPS, which is where buckets and the hub are, and Google's tokens. In: the job's other nodes."""
     egress: list[Object] = [
         {"ports": [{"protocol": protocol, "port": 53} for protocol in ("UDP", "TCP")]},
         {"ports": [{"protocol": "TCP", "port": 443}]},
     ]
+    if "gs" in job.schemes():
+        egress.append(METADATA)
     pods = {"matchLabels": labels(name)}
     spec: Object = {"podSelector": pods, "policyTypes": ["Ingress", "Egress"], "ingress": [], "egress": egress}
     if job.request.nodes > 1:  # NCCL and gloo choose their ports themselves

@@ -28,7 +28,6 @@ def labels(name: str) -> Object:
 
 def template(job: Job, name: str, container: str, env: Object | None = None) -> Object:
     """`env` says where the other nodes are."""
-    request = job.request
     spec: Object = {
         "restartPolicy": "Never",  # podFailurePolicy asks for it; a restart is another pod
         "serviceAccountName": ACCOUNT,
@@ -43,42 +42,44 @@ def template(job: Job, name: str, container: str, env: Object | None = None) -> 
             "fsGroupChangePolicy": "OnRootMismatch",
             "seccompProfile": {"type": "RuntimeDefault"},
         },
-        "containers": [
-            {
-                "name": container,
-                "image": request.image,
-                "imagePullPolicy": "IfNotPresent",
-                "args": ["run"],
-                "workingDir": "/work",
-                "env": as_env({"QUOTESMITH_GRACE_SECONDS": str(job.grace_seconds), **(env or {})}),
-                "envFrom": [
-                    {"configMapRef": {"name": settings_of(name)}},
-                    {"secretRef": {"name": SECRETS, "optional": True}},
-                ],
-                "resources": resources(job),
-                "securityContext": {
-                    "allowPrivilegeEscalation": False,
-                    "readOnlyRootFilesystem": True,
-                    "capabilities": {"drop": ["ALL"]},
-                },
-                "terminationMessagePath": f"/{TERMINATION_LOG}",
-                "terminationMessagePolicy": "FallbackToLogsOnError",  # for an end that leaves no message
-                "volumeMounts": [
-                    {"name": "work", "mountPath": "/work"},
-                    {"name": "tmp", "mountPath": "/tmp"},
-                    {"name": "shm", "mountPath": "/dev/shm"},
-                ],
-            }
-        ],
+        "containers": [container_of(job, name, container, env or {})],
         "volumes": [
-            {"name": "work", "emptyDir": {"sizeLimit": f"{request.disk_gib}Gi"}},
+            {"name": "work", "emptyDir": {"sizeLimit": f"{job.request.disk_gib}Gi"}},
             {"name": "tmp", "emptyDir": {"sizeLimit": "1Gi"}},
             {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": f"{SHM_GIB}Gi"}},
         ],
     }
-    if request.gpus:
+    if job.request.gpus:
         spec["tolerations"] = [{"key": GPU, "operator": "Exists", "effect": "NoSchedule"}]
     return {"metadata": {"labels": labels(name)}, "spec": spec}
+
+
+def container_of(job: Job, name: str, container: str, env: Object) -> Object:
+    return {
+        "name": container,
+        "image": job.request.image,
+        "imagePullPolicy": "IfNotPresent",
+        "args": ["run"],
+        "workingDir": "/work",
+        "env": as_env({"QUOTESMITH_GRACE_SECONDS": str(job.grace_seconds), **env}),
+        "envFrom": [
+            {"configMapRef": {"name": settings_of(name)}},
+            {"secretRef": {"name": SECRETS, "optional": True}},
+        ],
+        "resources": resources(job),
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        },
+        "terminationMessagePath": f"/{TERMINATION_LOG}",
+        "terminationMessagePolicy": "FallbackToLogsOnError",  # for an end that leaves no message
+        "volumeMounts": [
+            {"name": "work", "mountPath": "/work"},
+            {"name": "tmp", "mountPath": "/tmp"},
+            {"name": "shm", "mountPath": "/dev/shm"},
+        ],
+    }
 
 
 def as_env(values: Object) -> list[Object]:

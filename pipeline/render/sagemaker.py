@@ -53,6 +53,7 @@ def training_job(job: Job) -> Object:
         "RoleArn": request.identity,
         "HyperParameters": settings,
         "OutputDataConfig": {"S3OutputPath": f"{job.settings['output'].rstrip('/')}/sagemaker"},
+        "TensorBoardOutputConfig": {"S3OutputPath": f"{job.settings['output'].rstrip('/')}/tensorboard"},
         "ResourceConfig": {
             "InstanceType": instance(job),
             "InstanceCount": request.nodes,

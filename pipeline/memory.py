@@ -1,0 +1,46 @@
+"""Memory and cores that this process may have: the machine's, within the container's limits."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pipeline.llama_cpp import threads
+
+ROOT = Path("/")
+RUNTIME_BYTES = 500_000_000  # Python, torch and the other libraries, before any model
+MEMORY_LIMITS = (Path("sys/fs/cgroup/memory.max"), Path("sys/fs/cgroup/memory/memory.limit_in_bytes"))
+UNLIMITED = 1 << 60  # the first version of cgroups has no word for it but a number beyond any machine
+CPU_LIMIT = Path("sys/fs/cgroup/cpu.max")
+
+
+def memory_available(root: Path = ROOT) -> int | None:
+    """Bytes for this process, what it has already included, within the container's limit; None: unknown."""
+    try:
+        lines = dict(line.split(":", 1) for line in (root / "proc/meminfo").read_text().splitlines())
+        own = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        found = int(lines["MemAvailable"].split()[0]) * 1024 + own
+    except (OSError, KeyError, ValueError):
+        return None
+    limit = memory_limit(root)
+    return found if limit is None else min(found, limit)
+
+
+def memory_limit(root: Path = ROOT) -> int | None:
+    """Bytes that the container may have; None: no limit."""
+    for path in MEMORY_LIMITS:
+        try:
+            limit = int((root / path).read_text())
+            return limit if limit < UNLIMITED else None
+        except (OSError, ValueError):  # another version of cgroups, or "max"
+            continue
+    return None
+
+
+def cores(root: Path = ROOT) -> float:
+    """Cores' worth of time that this process may have."""
+    try:
+        quota, period = map(int, (root / CPU_LIMIT).read_text().split())
+    except (OSError, ValueError):  # no limit, or another version of cgroups
+        return threads()
+    return min(threads(), quota / period)
