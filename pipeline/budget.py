@@ -103,6 +103,7 @@ def types_for(tensors: Mapping[str, Sequence[int]], keep_zeros: bool) -> tuple[s
 def choose_types(
     f16: GgufFile,
     model: PreTrainedModel,
+    tuned: PreTrainedModel,
     sequences: Sequence[Sequence[int]],
     max_bytes: int,
     choice: Choice,
@@ -114,13 +115,14 @@ def choose_types(
 ) -> tuple[Choice, Facts]:
     """`choice` with the types that cost least on `sequences` among all mixes whose file has at most `max_bytes`.
 
-    `model`, `f16`, `encode` and `out` are as in `sensitivity`. `max_bytes` allows the smallest mix: see `least`.
+    `model`, `tuned`, `f16`, `encode` and `out` are as in `sensitivity`. `max_bytes` allows the smallest mix: see
+    `least`.
     """
     forecast = foretell(GgufContents(f16.path), FILE_TYPE, tools, choice)
     roles = roles_of(forecast, keep_zeros=keep_zeros)
     measured = first_of([list(ids) for ids in sequences], MEASURED_TOKENS)
     tensors = {role: {kind: list(found.tensors) for kind in found.types} for role, found in roles.items()}
-    kl = sensitivity(model, f16.path, measured, tensors, choice, encode, tools, out)
+    kl = sensitivity(model, tuned, f16.path, measured, tensors, choice, encode, tools, out)
     options = {
         role: {kind: Option(found.size_as(kind), kl[role][kind]) for kind in found.types}
         for role, found in roles.items()

@@ -13,7 +13,7 @@ from pipeline.gptq import encode
 from pipeline.grid import padded, whole_blocks
 from pipeline.hessian import damped, inverse_factor
 from pipeline.kquants import KTYPES, KQuant
-from pipeline.matrices import weight_of
+from pipeline.matrices import block_matrices, weight_of
 from pipeline.polish import polish
 
 
@@ -39,6 +39,27 @@ def encode_model(
             elif others and name in others:
                 weight_of(module).copy_(others[name])
     return found
+
+
+@torch.no_grad()
+def take_unpruned(
+    model: PreTrainedModel, dense: PreTrainedModel, types: Mapping[str, str], keep_zeros: bool
+) -> list[str]:
+    """Gives `model` those matrices of `dense`, not pruned, whose types would not keep a pruned weight at zero: their
+    names.
+
+    Rounding gives it a value anyway; so that may as well be the nearest to the one it had. Measured on SmolLM2, its
+    feed-forward layers in Q2_K: a KL of 0.45 nats a token from the dense model, rounded from pruned weights 0.54.
+    """
+    modules, others = block_matrices(model), block_matrices(dense)
+    taken = [
+        name
+        for name, module in modules.items()
+        if name in types and kept_at_zero(weight_of(module), types[name], keep_zeros) is None
+    ]
+    for name in taken:
+        weight_of(modules[name]).copy_(weight_of(others[name]))
+    return taken
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """Quantized file to finished file: what it holds is trained, on its exact grid, to predict what the tuned model does.
 
 Types and sizes stay as they are. Trained are what the file keeps in F32 (biases, norms, positions) and, unless
-`finish.train` is vectors, the codes and the block scales of the Q2_K, Q3_K and Q6_K block matrices.
+`finish.train` is vectors, the block scales of the Q2_K, Q3_K and Q6_K block matrices.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -21,7 +20,6 @@ from pipeline.checkpoints import Checkpoints
 from pipeline.config import FinishConfig
 from pipeline.device import arithmetic_of
 from pipeline.distill import Group, Recipe, distill
-from pipeline.encode import kept_at_zero
 from pipeline.errors import CheckFailed
 from pipeline.gguf_file import GgufContents
 from pipeline.gguf_reader import TensorReader
@@ -33,18 +31,17 @@ from pipeline.gguf_weights import (
     write_kquants,
     write_vectors,
 )
-from pipeline.grid import Grid, put_on_grid, take_off_grid
+from pipeline.grid import put_on_grid, take_off_grid
 from pipeline.kquants import KQuant
 from pipeline.loading import load_fp32
 from pipeline.matrices import block_matrices, ids_of_embeddings, weight_of
 
 log = logging.getLogger(__name__)
 
-# Times the learning rate. Every token moves a norm or a bias, so they bear larger steps than matrices do; a place lies
-# in a cell one wide, where a weight is about a tenth of that; a gain is relative to its scale. Measured on SmolLM2, in
-# nats a token after 16 steps: vectors alone at 10 give 0.738, with gains at 3 0.717, at 10 0.693; vectors at 30 0.686.
+# Times the learning rate. Every token moves a norm or a bias, so they bear larger steps than matrices do; a gain is
+# relative to its scale. Measured on SmolLM2, in nats a token after 16 steps: vectors alone at 10 give 0.738, with gains
+# at 3 0.717, at 10 0.693; vectors at 30 0.686.
 VECTOR_RATE = 30.0
-PLACE_RATE = 100.0
 GAIN_RATE = 10.0
 
 
@@ -91,18 +88,16 @@ def finish_file(
     train, validation = (load_calibration(calibration, split) for split in ("train", "validation"))
     precision = arithmetic_of(cfg.precision, device).name
     recipe = Recipe(cfg.steps, cfg.batch_tokens, cfg.learning_rate, cfg.patience, precision, seed)
-    weights = {name: weight_of(module) for name, module in block_matrices(load_fp32(recovered, device)).items()}
     student = load_fp32(recovered, device)
+    pruned = {name: (weight_of(module) == 0).cpu() for name, module in block_matrices(student).items()}
     load_weights(student, path)
     freeze_rounded(student, path)
     kquants = read_kquants(student, path) if cfg.train == "all" else {}
-    kept = kept_codes(kquants, weights, bool(file.facts.get("keep_zeros")))
-    teacher = load_fp32(tuned, device)
-    facts = finish_model(student, teacher, kquants, weights, kept, train, validation, recipe, checkpoints)
+    facts = finish_model(student, load_fp32(tuned, device), kquants, train, validation, recipe, checkpoints)
     write_vectors(student, path)
     write_kquants(student, path, facts.pop("kquants"))
     if file.facts.get("keep_zeros"):
-        require_zeros(student, path, kept)
+        require_zeros(student, path, pruned)
     log.info(
         "finish: %s, validation KL %.4f to %.4f nats a token",
         path.name,
@@ -110,14 +105,6 @@ def finish_file(
         facts["validation_kl"],
     )
     return checked(file, path, facts)
-
-
-def kept_codes(kquants: Mapping[str, KQuant], weights: Mapping[str, Tensor], keep_zeros: bool) -> dict[str, Tensor]:
-    """For each matrix, which codes may change: all but those of pruned weights that are zero in the file."""
-    free = {name: kept_at_zero(weights[name], kquant.type, keep_zeros) for name, kquant in kquants.items()}
-    return {
-        name: torch.ones_like(weights[name], dtype=torch.bool) if kept is None else kept for name, kept in free.items()
-    }
 
 
 def freeze_rounded(model: PreTrainedModel, path: Path) -> None:
@@ -130,47 +117,33 @@ def finish_model(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
     kquants: Mapping[str, KQuant],
-    weights: Mapping[str, Tensor],
-    kept: Mapping[str, Tensor],
     train: Sequence[Sequence[int]],
     validation: Sequence[Sequence[int]],
     recipe: Recipe,
     checkpoints: Checkpoints | None = None,
 ) -> Facts:
-    """Trains `student`, which computes with the quantized weights, in place: those of its vectors that want a gradient.
-
-    `kquants`, by matrix name, are trained on their grids, from the `weights` (out, in) they were rounded from; of
-    those not `kept` the codes stay. The facts have the trained ones under `kquants`.
+    """Trains `student`, which computes with the quantized weights, in place: those of its vectors that want a gradient,
+    and the block scales of `kquants`, by matrix name. The facts have the trained ones under `kquants`.
     """
     modules = block_matrices(student)
-    names = {id(module.weight) for module in modules.values()}
-    others = names | ids_of_embeddings(student)
+    others = {id(module.weight) for module in modules.values()} | ids_of_embeddings(student)
     vectors = [p for p in student.parameters() if p.requires_grad and id(p) not in others]
-    grids: dict[str, Grid] = {
-        name: put_on_grid(modules[name], kquant, weights[name], kept[name]) for name, kquant in kquants.items()
-    }
+    grids = {name: put_on_grid(modules[name], kquant) for name, kquant in kquants.items()}
     groups = [Group([p for p in vectors if p.ndim > 1]), Group([p for p in vectors if p.ndim == 1], VECTOR_RATE)]
     if grids:
-        groups.append(Group([grid.place for grid in grids.values()], PLACE_RATE))
-        groups.append(Group([gain for grid in grids.values() for gain in (grid.gain, grid.min_gain)], GAIN_RATE))
+        groups.append(Group([gain for grid in grids.values() for gain in grid.parameters()], GAIN_RATE))
     facts = distill(student, teacher, train, validation, groups, recipe, what="finish", checkpoints=checkpoints)
     trained = {name: grid.quantized().to("cpu") for name, grid in grids.items()}
     for name in grids:
         take_off_grid(modules[name])
-    return facts | {"kquants": trained, "codes_changed": codes_changed(kquants, trained)}
+    return facts | {"kquants": trained}
 
 
-def require_zeros(model: PreTrainedModel, path: Path, kept: Mapping[str, Tensor]) -> None:
-    """Raises `CheckFailed` when a weight that is not `kept` is something else than zero in `path`."""
-    for name, weight in read_matrices(model, path, list(kept)).items():
-        if lost := int((weight[~kept[name].cpu()] != 0).sum()):
+def require_zeros(model: PreTrainedModel, path: Path, pruned: Mapping[str, Tensor]) -> None:
+    """Raises `CheckFailed` when a `pruned` weight is something else than zero in `path`."""
+    for name, weight in read_matrices(model, path, list(pruned)).items():
+        if lost := int((weight[pruned[name]] != 0).sum()):
             raise CheckFailed(f"finishing gave {lost} pruned weights of {name} in {path.name} a value; this is a bug")
-
-
-def codes_changed(before: Mapping[str, KQuant], after: Mapping[str, KQuant]) -> float:
-    """Share of all trained weights that have another code now."""
-    changed = sum(int((before[name].codes.cpu() != after[name].codes.cpu()).sum()) for name in before)
-    return changed / max(1, sum(kquant.codes.numel() for kquant in before.values()))
 
 
 def checked(before: GgufFile, path: Path, facts: Facts) -> GgufFile:

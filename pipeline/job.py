@@ -143,7 +143,7 @@ def make(stages: Stages, given: Given, cfg: JobConfig, ground: Ground) -> Made:
     naming: dict[str, Any] = {"tools": tools, "name": cfg.name}
     f16 = stages.run(export, final, given.corpus, tokens, cfg.export, **naming)
     kept: dict[str, Any] = {"keep_zeros": cfg.sparsity.keep_zeros, "device": device.name}
-    quantized = stages.run(quantize, f16, final, calibration, cfg.quantize, **kept, **naming)
+    quantized = stages.run(quantize, f16, final, tuned, calibration, cfg.quantize, **kept, **naming)
     finished = stages.run(finish, quantized, final, tuned, calibration, cfg.finish, **where)
     models = (base, tuned, pruned, recovered, f16, quantized, finished)
     evaluation = stages.run(evaluate, *models, tokens, calibration, cfg.evaluate, cfg.fourbit, tools=tools, **where)

@@ -41,15 +41,16 @@ def require_zeros(file: GgufFile, f16: GgufFile) -> None:
 
 def cost_of_zeros(
     model: PreTrainedModel,
+    tuned: PreTrainedModel,
     path: Path,
     sequences: Sequence[Sequence[int]],
     encode_freely: Callable[[Path], object],
 ) -> Facts:
-    """KL in nats a token from `model` on `sequences`, of `path` and of the same file with its zeros free.
+    """KL in nats a token from `tuned` on `sequences`, of `path` and of the same file with its zeros free.
 
     `encode_freely` writes the second over a copy of the first. `model` is left with other weights.
     """
-    expected = list(predictions(model, sequences))
+    expected = list(predictions(tuned, sequences))
     free = path.with_name(FREE)
     shutil.copyfile(path, free)
     encode_freely(free)

@@ -21,7 +21,7 @@ from pipeline.artifacts import Calibration, Checkpoint, Facts, GgufFile, GgufSet
 from pipeline.budget import UNQUANTIZED, choose_types, least
 from pipeline.calibrate import load_calibration
 from pipeline.config import QuantizeConfig
-from pipeline.encode import encode_model
+from pipeline.encode import encode_model, take_unpruned
 from pipeline.errors import MachineError
 from pipeline.forecast import DATASET, IMATRIX, Choice, Forecast, foretell, handle_fallbacks, require_foretold
 from pipeline.gguf_file import GgufContents
@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 def quantize(
     f16: GgufFile,
     model: Checkpoint,
+    tuned: Checkpoint,
     calibration: Calibration,
     cfg: QuantizeConfig,
     *,
@@ -51,10 +52,11 @@ def quantize(
 ) -> GgufSet:
     """One file NAME-TYPE.gguf for each type of `cfg`; F16 is the exported file itself.
 
-    `model` is the checkpoint behind `f16`, measured on `calibration`. `keep_zeros`: zeros of its block matrices are
-    zeros in the file. Raises `ConfigError` for an unknown type, one that loses zeros that are to be kept, a fallback
-    where `cfg.fallback` is error, or a budget that is too small; `CheckFailed` when a file is not what was foretold,
-    `MachineError` when the disk is too small. All before the first is written, if it can be.
+    `model` is the checkpoint behind `f16`, measured on `calibration`; `tuned` is that before pruning. `keep_zeros`:
+    zeros of the block matrices of `model` are zeros in the file. Raises `ConfigError` for an unknown type, one that
+    loses zeros that are to be kept, a fallback where `cfg.fallback` is error, or a budget that is too small;
+    `CheckFailed` when a file is not what was foretold, `MachineError` when the disk is too small. All before the first
+    is written, if it can be.
     """
     check_types(cfg.types, cfg.importance)
     choice = Choice(cfg.importance)
@@ -62,13 +64,13 @@ def quantize(
     require_disk(sum(forecast.size_bytes for forecast in forecasts.values()), out)
     if choice.importance:
         write_importance(load_fp32(model, device), load_calibration(calibration, "train"), out / IMATRIX)
-    encoder = Encoder(model, calibration, cfg.encoder, keep_zeros, device)
+    encoder = Encoder(model, tuned, calibration, cfg.encoder, keep_zeros, device)
     limited = [kind for kind in cfg.types if cfg.max_bytes and kind not in UNQUANTIZED]
     budget: Facts = {}
     if limited:
-        whole, held = load_fp32(model, device), load_calibration(calibration, "validation")
+        pair, held = (load_fp32(model, device), load_fp32(tuned, device)), load_calibration(calibration, "validation")
         choice, budget = choose_types(
-            f16, whole, held, cfg.max_bytes, choice, encoder.encode, keep_zeros=keep_zeros, tools=tools, out=out
+            f16, *pair, held, cfg.max_bytes, choice, encoder.encode, keep_zeros=keep_zeros, tools=tools, out=out
         )
         forecasts = {kind: foretell(GgufContents(f16.path), kind, tools, choice) for kind in cfg.types}
         require_disk(sum(forecast.size_bytes for forecast in forecasts.values()), out)
@@ -103,9 +105,10 @@ def foretell_all(
 
 @dataclass(frozen=True)
 class Encoder:
-    """What rounds tensors of a stock file again, from the weights of `model`."""
+    """What rounds tensors of a stock file again, from the weights of `model` and `tuned`."""
 
     model: Checkpoint
+    tuned: Checkpoint
     calibration: Calibration
     name: str
     keep_zeros: bool
@@ -114,13 +117,15 @@ class Encoder:
     def encode(self, path: Path, kind: str) -> Facts:
         if self.name == "gptq" and kind != "F16":
             sequences = load_calibration(self.calibration, "train")
-            return encode_file(load_fp32(self.model, self.device), sequences, path, self.keep_zeros)
-        return {"encoder": "llama.cpp", "encoded_tensors": 0}
+            model, tuned = load_fp32(self.model, self.device), load_fp32(self.tuned, "cpu")
+            return encode_file(model, tuned, sequences, path, self.keep_zeros)
+        return {"encoder": "llama.cpp", "encoded_tensors": 0, "unpruned_tensors": 0}
 
     def cost_of_zeros(self, path: Path, kind: str) -> Facts:
         free = partial(replace(self, keep_zeros=False).encode, kind=kind)
         held = load_calibration(self.calibration, "validation")
-        return cost_of_zeros(load_fp32(self.model, self.device), path, held, free)
+        pair = load_fp32(self.model, self.device), load_fp32(self.tuned, self.device)
+        return cost_of_zeros(*pair, path, held, free)
 
 
 def write_importance(model: PreTrainedModel, sequences: list[list[int]], path: Path) -> None:
@@ -147,17 +152,31 @@ def stock(f16: GgufFile, kind: str, choice: Choice, tools: LlamaCpp, path: Path)
     llama_cpp.quantize(tools, f16.path, path, kind, choice.arguments())
 
 
-def encode_file(model: PreTrainedModel, sequences: list[list[int]], path: Path, keep_zeros: bool) -> Facts:
+def encode_file(
+    model: PreTrainedModel, tuned: PreTrainedModel, sequences: list[list[int]], path: Path, keep_zeros: bool
+) -> Facts:
     """The k-quant tensors of `path` that our encoder has a grid for, rounded by it, written over the stock ones."""
     names = matrix_names(model.config, block_matrices(model)) | {HEAD: head_tensor(model)}
     stored = GgufContents(path).tensors
     kinds = {name: stored[tensor].tensor_type.name for name, tensor in names.items()}
     ours = {name: kind for name, kind in kinds.items() if kind in KTYPES}
+    unpruned = take_unpruned(model, tuned, ours, keep_zeros)
     if ours:
         others = read_matrices(model, path, [name for name in names if name not in ours and name != HEAD])
         write_kquants(model, path, encode_model(model, sequences, ours, others=others, keep_zeros=keep_zeros))
-    log.info("quantize: %d tensors of %s encoded with error feedback", len(ours), path.name)
-    return {"encoder": "gptq", "encoded_tensors": len(ours), "keep_zeros": keep_zeros}
+    log.info(
+        "quantize: %d tensors of %s encoded with error feedback, %d of them from their weights before pruning, of "
+        "which their types would keep no zero",
+        len(ours),
+        path.name,
+        len(unpruned),
+    )
+    return {
+        "encoder": "gptq",
+        "encoded_tensors": len(ours),
+        "unpruned_tensors": len(unpruned),
+        "keep_zeros": keep_zeros,
+    }
 
 
 def described(path: Path, kind: str, forecast: Forecast, ours: Facts) -> GgufFile:

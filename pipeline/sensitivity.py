@@ -35,6 +35,7 @@ Stored = tuple[str, nn.Parameter, ReaderTensor]
 @torch.no_grad()
 def sensitivity(
     model: PreTrainedModel,
+    tuned: PreTrainedModel,
     f16: Path,
     sequences: Sequences,
     roles: Mapping[str, Mapping[str, Sequence[str]]],
@@ -43,13 +44,15 @@ def sensitivity(
     tools: LlamaCpp,
     out: Path,
 ) -> dict[str, dict[str, float]]:
-    """KL in nats a token from `model` on `sequences`, for each role and each type it may get.
+    """What each type adds to the KL of `model` from `tuned` on `sequences`, in nats a token, for each role that may get
+    it; less than nothing where rounding from the weights of `tuned` comes nearer to it than `model` is.
 
     `roles`: role to type to the tensors that get it. `model` is the checkpoint behind `f16`, and is left as it is.
     `out` has the importance matrix of `choice`, and gets one measured file at a time: llama-quantize's, over which
     `encode(path, type)` writes ours of the types that it knows. Raises `CheckFailed` for a KL that is not finite.
     """
-    expected = list(predictions(model, sequences))
+    expected = list(predictions(tuned, sequences))
+    before = divergence(expected, predictions(model, sequences))
     found: dict[str, dict[str, float]] = {role: {} for role in roles}
     kinds = list(dict.fromkeys(kind for types in roles.values() for kind in types))
     for kind in bar(kinds, "quantize: budget"):
@@ -62,7 +65,8 @@ def sensitivity(
         stored = {weight[2].name: weight for weight in stored_parameters(model, TensorReader(path))}
         for role, tensors in own.items():
             with rounded(model, [stored[tensor] for tensor in tensors]):
-                found[role][kind] = finite(divergence(expected, predictions(model, sequences)), role, kind)
+                kl = divergence(expected, predictions(model, sequences)) - before
+            found[role][kind] = finite(kl, role, kind)
         path.unlink()
     return found
 

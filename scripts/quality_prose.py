@@ -27,8 +27,8 @@ from pipeline.artifacts import Checkpoint
 from pipeline.config import SparsityConfig
 from pipeline.device import arithmetic_of
 from pipeline.distill import Recipe
-from pipeline.encode import encode_model
-from pipeline.finish import finish_model, kept_codes
+from pipeline.encode import encode_model, take_unpruned
+from pipeline.finish import finish_model
 from pipeline.grid import padded, whole_blocks
 from pipeline.kquants import KQuant, unpack
 from pipeline.loading import load_fp32
@@ -56,7 +56,7 @@ class Effort:
     """How long the two trainings are. Many small steps: 224 of 512 tokens close twice the loss that 56 of 2,048 do."""
 
     recover_steps: int = 320
-    finish_steps: int = 200
+    finish_steps: int = 300
     batch_tokens: int = 512
     recover_rate: float = 2e-4
     finish_rate: float = 1e-4
@@ -144,7 +144,9 @@ class Bench:
         """Our encoder, its result in the file `keep`."""
 
         def change(model: PreTrainedModel) -> None:
-            found = encode_model(model, self.fitted, {name: gpt2_type(name) for name in block_matrices(model)})
+            types = {name: gpt2_type(name) for name in block_matrices(model)}
+            take_unpruned(model, self.load("dense"), types, keep_zeros=False)
+            found = encode_model(model, self.fitted, types)
             if keep:
                 torch.save({name: vars(kquant) for name, kquant in found.items()}, self.folder / keep)
 
@@ -155,16 +157,13 @@ class Bench:
         recipe = Recipe(e.recover_steps, e.batch_tokens, e.recover_rate, e.recover_steps, self.precision, 0)
         return recover_model(model, self.load("dense"), self.train, self.validation, recipe)
 
-    def finish(self, encoded: str, start: str, everything: bool) -> Callable[[PreTrainedModel], dict[str, Any]]:
+    def finish(self, encoded: str, everything: bool) -> Callable[[PreTrainedModel], dict[str, Any]]:
         def change(model: PreTrainedModel) -> dict[str, Any]:
             e = self.effort
             recipe = Recipe(e.finish_steps, e.batch_tokens, e.finish_rate, e.finish_steps, self.precision, 1)
             stored = torch.load(self.folder / encoded) if everything else {}
             kquants = {name: KQuant(**values) for name, values in stored.items()}
-            before = {name: weight_of(module) for name, module in block_matrices(self.load(start)).items()}
-            kept = kept_codes(kquants, before, keep_zeros=False)
-            teacher = self.load("dense")
-            facts = finish_model(model, teacher, kquants, before, kept, self.train, self.validation, recipe)
+            facts = finish_model(model, self.load("dense"), kquants, self.train, self.validation, recipe)
             return {key: value for key, value in facts.items() if key != "kquants"}
 
         return change
@@ -184,8 +183,8 @@ def steps(bench: Bench) -> list[dict[str, Any]]:
     with torch.no_grad():
         bench.step("recovered, stock rounding with importance matrix", "recovered", bench.stock(importance=True))
         bench.step("recovered, our encoder", "recovered", bench.encode(keep="kquants.pt"))
-    bench.step("finished, vectors alone", "recovered, our encoder", bench.finish("kquants.pt", "recovered", False))
-    bench.step("finished", "recovered, our encoder", bench.finish("kquants.pt", "recovered", True))
+    bench.step("finished, vectors alone", "recovered, our encoder", bench.finish("kquants.pt", everything=False))
+    bench.step("finished", "recovered, our encoder", bench.finish("kquants.pt", everything=True))
     return bench.rows
 
 

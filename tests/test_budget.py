@@ -135,7 +135,7 @@ def quantized(f16, checkpoint, tools, out, *, keep_zeros=False, **settings):
     model = Checkpoint(checkpoint, "0" * 64)
     cfg = QuantizeConfig(**settings)
     return quantize(
-        f16, model, calibration, cfg, keep_zeros=keep_zeros, tools=tools, device="cpu", name="toy", out=out
+        f16, model, model, calibration, cfg, keep_zeros=keep_zeros, tools=tools, device="cpu", name="toy", out=out
     ).files
 
 

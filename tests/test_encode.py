@@ -7,7 +7,7 @@ from gguf import GGMLQuantizationType
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from pipeline.activations import HEAD, input_squares, walk
-from pipeline.encode import encode_model, encode_module
+from pipeline.encode import encode_model, encode_module, take_unpruned
 from pipeline.grid import padded
 from pipeline.kquants import unpack
 from pipeline.matrices import block_matrices, weight_of
@@ -119,6 +119,19 @@ def test_zeros_survive_in_symmetric_types_and_not_in_q2_k_unless_they_are_kept()
     found = encode_model(model, SEQUENCES, types_of(model))
     shares = {name: float((k.dequantize()[zeros[name]] == 0).float().mean()) for name, k in found.items()}
     assert all((share == 1) == (found[name].type != "Q2_K") for name, share in shares.items())
+
+
+@pytest.mark.parametrize("keep_zeros", [False, True])
+def test_what_would_lose_its_zeros_is_rounded_from_the_weights_before_pruning(keep_zeros):
+    dense, pruned = gpt2(), half_zero(gpt2())
+    before, given = weights_of(pruned), weights_of(dense)
+    types = types_of(pruned) | {HEAD: "Q6_K"}
+    taken = take_unpruned(pruned, dense, types, keep_zeros)
+    assert set(taken) == {name for name in before if types[name] == "Q2_K" and not keep_zeros}
+    for name, weight in weights_of(pruned).items():
+        expected = given if types[name] == "Q2_K" and not keep_zeros else before
+        assert torch.equal(weight, expected[name]), name
+    assert {"Q2_K", "Q3_K"} <= set(types.values())
 
 
 def test_rows_that_are_no_whole_blocks_are_filled_with_zeros_for_a_bench():

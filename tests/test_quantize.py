@@ -37,22 +37,23 @@ def given(checkpoint, tools, folder):
     return SimpleNamespace(f16=f16, model=Checkpoint.of(checkpoint, {}), text=calibration_in(folder, SEQUENCES))
 
 
-def run(model, tools, out, cfg, keep_zeros=False):
+def run(model, tools, out, cfg, keep_zeros=False, tuned=None):
     out.mkdir(exist_ok=True)
     more = {"keep_zeros": keep_zeros, "tools": tools, "device": "cpu", "name": "toy", "out": out}
-    return quantize(model.f16, model.model, model.text, cfg, **more).files
+    return quantize(model.f16, model.model, tuned or model.model, model.text, cfg, **more).files
 
 
 @pytest.fixture(scope="module")
 def toy(toy_gpt2, llama_cpp, tmp_path_factory):
     """Half zero, and with block matrices so large that rounding them shows in the predictions."""
     folder = tmp_path_factory.mktemp("toy")
-    model = half_zero(AutoModelForCausalLM.from_pretrained(toy_gpt2, dtype=torch.float32))
+    model = AutoModelForCausalLM.from_pretrained(toy_gpt2, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".h." in name and parameter.ndim > 1:
                 parameter.mul_(4)
-    model.save_pretrained(folder / "model")
+    model.save_pretrained(folder / "tuned")
+    half_zero(model).save_pretrained(folder / "model")
     Checkpoint(toy_gpt2, "").copy_tokenizer(folder / "model")
     return given(folder / "model", llama_cpp, folder)
 
@@ -109,6 +110,19 @@ def test_our_file_predicts_more_like_the_model_than_llama_quantizes(ours, theirs
     for file in (ours, theirs):
         load_weights(rounded, file.path)
         costs.append(validate(rounded.eval(), whole.eval(), SEQUENCES, recipe))
+    assert costs[0] < 0.9 * costs[1]
+
+
+def test_types_without_zeros_are_rounded_from_the_tuned_weights_and_come_nearer_to_them(ours, toy, llama_cpp, tmp_path):
+    tuned = Checkpoint(toy.model.path.parent / "tuned", "")
+    file = run(toy, llama_cpp, tmp_path, QuantizeConfig(), tuned=tuned)[0]
+    assert file.facts["unpruned_tensors"] == 2 and file.size_bytes == ours.size_bytes
+    assert abs(file.facts["zeros"] - ours.facts["zeros"]) < 0.05
+    whole, rounded = (AutoModelForCausalLM.from_pretrained(tuned.path, dtype=torch.float32).eval() for _ in range(2))
+    costs = []
+    for each in (file, ours):
+        load_weights(rounded, each.path)
+        costs.append(validate(rounded, whole, SEQUENCES, Recipe(1, 256, 1e-4, 1, "fp32", 0)))
     assert costs[0] < 0.9 * costs[1]
 
 

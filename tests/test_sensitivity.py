@@ -39,7 +39,7 @@ def state(model):
 def test_one_role_costs_what_a_model_with_that_role_alone_rounded_diverges(model, f16, llama_cpp, tmp_path):
     roles = {"ffn_up": {"Q2_K": list(UP), "Q8_0": list(UP)}, "token_embd": {"Q4_K": ["token_embd.weight"]}}
     before = state(model)
-    found = sensitivity(model, f16, SEQUENCES, roles, Choice(False), as_it_is, llama_cpp, tmp_path)
+    found = sensitivity(model, model, f16, SEQUENCES, roles, Choice(False), as_it_is, llama_cpp, tmp_path)
     assert {role: list(types) for role, types in found.items()} == {"ffn_up": ["Q2_K", "Q8_0"], "token_embd": ["Q4_K"]}
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert list(tmp_path.iterdir()) == []
@@ -77,7 +77,7 @@ def test_what_is_measured_is_what_the_encoder_makes_of_the_types_it_knows(model,
 
     encoded = []
     roles = {"ffn_up": dict.fromkeys(("Q3_K", "Q4_K"), tuple(UP))}
-    found = sensitivity(model, f16, SEQUENCES, roles, Choice(False), encode, llama_cpp, tmp_path)["ffn_up"]
+    found = sensitivity(model, model, f16, SEQUENCES, roles, Choice(False), encode, llama_cpp, tmp_path)["ffn_up"]
     assert encoded == ["Q3_K"]
     assert found["Q3_K"] > 10 * found["Q4_K"]
 
@@ -89,7 +89,7 @@ def test_a_llamas_interleaved_rows_and_its_own_head_are_measured_in_their_places
     model = AutoModelForCausalLM.from_pretrained(wide_llama, dtype=torch.float32).eval()
     tensors = {"attn_q": ["blk.0.attn_q.weight", "blk.1.attn_q.weight"], "output": ["output.weight"]}
     roles = {role: dict.fromkeys(("Q2_K", "Q8_0"), tuple(names)) for role, names in tensors.items()}
-    found = sensitivity(model, f16, SEQUENCES, roles, Choice(False), as_it_is, llama_cpp, tmp_path)
+    found = sensitivity(model, model, f16, SEQUENCES, roles, Choice(False), as_it_is, llama_cpp, tmp_path)
     for role in roles:
         assert 0 <= found[role]["Q8_0"] < found[role]["Q2_K"] / 10
 
@@ -100,7 +100,9 @@ def test_the_importance_matrix_is_what_the_rounding_is_weighted_by(model, f16, l
     imatrix.write(tmp_path / IMATRIX, sums, dict.fromkeys(sums, 1), chunk_size=1, dataset=DATASET)
     roles = {"ffn_up": {"Q2_K": list(UP)}}
     with_it, without = (
-        sensitivity(model, f16, SEQUENCES, roles, Choice(importance), as_it_is, llama_cpp, tmp_path)["ffn_up"]["Q2_K"]
+        sensitivity(model, model, f16, SEQUENCES, roles, Choice(importance), as_it_is, llama_cpp, tmp_path)["ffn_up"][
+            "Q2_K"
+        ]
         for importance in (True, False)
     )
     assert abs(with_it / without - 1) > 0.01

@@ -127,16 +127,15 @@ class FinishConfig(Section):
     steps: int = Field(120, ge=0, description="Optimizer steps; 0: the file stays as it was quantized.")
     train: Literal["all", "vectors"] = Field(
         "all",
-        description="vectors: what the file keeps in F32 (biases, norms, positions). all: also the rounding and the "
-        "scales of the matrices.",
+        description="vectors: what the file keeps in F32 (biases, norms, positions). all: also the scales of the "
+        "matrices' blocks.",
     )
     batch_tokens: int = Field(512, ge=32, description="Tokens a step at most; more small steps do more.")
     learning_rate: float = Field(
         5e-5,
         gt=0,
         le=1,
-        description="The highest learning rate of the schedule; norms and biases get 30 times that, codes 100 times, "
-        "scales 10 times.",
+        description="The highest learning rate of the schedule; norms and biases get 30 times that, scales 10 times.",
     )
     patience: int = Field(3, ge=1, description="Stop after this many validations without a lower loss.")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="As in recovery.")
