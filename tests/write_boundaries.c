@@ -1,5 +1,5 @@
 /* Preloaded into a job and its tools: counts the calls that change files below given folders, in one number for all
- * processes, and spoils one of them. tests/write_boundaries.py builds and reads it.
+ * processes, and spoils one of them. tests/test_write_boundaries.py builds it, tests/spoilt_jobs.py reads it.
  *
  * A boundary is a call that makes, fills, renames, links, cuts or removes a file, maps it for writing, or makes that
  * last (fsync, msync, close); not one that has nothing to do, as to remove what is not there. Of the writes to one
@@ -27,7 +27,7 @@
 
 enum fault { NONE, KILLED, TERMINATED, DISK_FULL, IO_ERROR };
 
-struct shared { /* as in tests/write_boundaries.py */
+struct shared { /* as in tests/job_server.py */
   atomic_int count;
   atomic_int happened;
   int target, fault, job;
