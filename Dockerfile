@@ -17,24 +17,27 @@ ENV PIP_INDEX_URL=${INDEX_URL} PIP_EXTRA_INDEX_URL=${EXTRA_INDEX_URL} PIP_DISABL
 RUN python3 -m venv /opt/venv
 
 
-# llama.cpp from its pinned source, for any x86-64 CPU with AVX2, or any arm64.
+# llama.cpp from its pinned source, for any x86-64 CPU, or any arm64. LLAMA_CPP_FLAGS=-DGGML_CUDA=ON needs a BUILD_BASE
+# with nvcc.
 FROM build AS llama
 ARG LLAMA_CPP_FLAGS=
 # hadolint ignore=DL3008
 RUN command -v c++ || { apt-get update && apt-get install --yes --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*; }
 COPY scripts/build_llama_cpp.sh /build/scripts/
 COPY scripts/llama_cpp /build/scripts/llama_cpp
-RUN XDG_CACHE_HOME=/build/cache PYTHON=/opt/venv/bin/python LLAMA_CPP_NATIVE=OFF bash /build/scripts/build_llama_cpp.sh \
-    && cp -rL /build/cache/quotesmith/llama.cpp/current /opt/llama.cpp \
-    && rm /opt/llama.cpp/bin/llama-imatrix /opt/llama.cpp/bin/llama-completion \
-    && strip /opt/llama.cpp/bin/*
+RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
+    XDG_CACHE_HOME=/build/cache PYTHON=/opt/venv/bin/python LLAMA_CPP_NATIVE=OFF bash /build/scripts/build_llama_cpp.sh \
+    && cp -r /build/cache/quotesmith/llama.cpp/current/. /opt/llama.cpp \
+    && find /opt/llama.cpp/bin -type f -exec strip --strip-unneeded {} + \
+    && rm -r /build/cache
 
 
 # What the lock names, every file by its hash; then less of it, and bytecode.
 FROM build AS dependencies
 ARG VARIANT=cuda
 COPY scripts/image/${VARIANT}.lock /build/requirements.lock
-RUN /opt/venv/bin/pip install --no-deps --require-hashes --requirement /build/requirements.lock
+RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
+    /opt/venv/bin/pip install --no-deps --require-hashes --requirement /build/requirements.lock
 COPY scripts/image/trim.sh /build/
 # torch's py312_intrinsics.py is for newer Pythons than this one.
 RUN bash /build/trim.sh /opt/venv \
@@ -66,6 +69,7 @@ ENTRYPOINT ["/opt/venv/bin/python", "/opt/quotesmith/entrypoint.py"]
 CMD ["--help"]
 ARG VERSION=unknown
 ARG REVISION=unknown
+ENV IMAGE_REVISION=${REVISION}
 LABEL org.opencontainers.image.title="quotesmith" \
     org.opencontainers.image.description="Turns a bucket of quotes into one small GGUF model that speaks in that voice" \
     org.opencontainers.image.licenses="MIT" \

@@ -4,6 +4,7 @@
 #
 #   VARIANT     cuda (default), or cpu: torch without CUDA
 #   BUILDER     docker, podman or buildah
+#   PIP_CONFIG  a pip.conf for the build, which the image never has: mirrors, credentials, certificates
 #   INDEX_URL, EXTRA_INDEX_URL, BASE, BUILD_BASE, PYTHON_VERSION, LLAMA_CPP_FLAGS, BASE_MODEL, BASE_REVISION:
 #               the Dockerfile's arguments of these names
 set -euo pipefail
@@ -33,8 +34,8 @@ variant=${VARIANT:-cuda}
 suffix=
 if [ "$variant" = cpu ]; then
   suffix=-cpu
-  # where torch's CPU wheels are; the lock's hashes hold for whatever comes from there
-  EXTRA_INDEX_URL=${EXTRA_INDEX_URL:-https://download.pytorch.org/whl/cpu}
+  # where torch's CPU wheels are, unless it is set, to nothing too; the lock's hashes hold wherever they come from
+  EXTRA_INDEX_URL=${EXTRA_INDEX_URL-https://download.pytorch.org/whl/cpu}
 fi
 
 arguments=(--build-arg "VARIANT=$variant" --build-arg "VERSION=$version" --build-arg "REVISION=$revision")
@@ -43,6 +44,11 @@ for name in INDEX_URL EXTRA_INDEX_URL BASE BUILD_BASE PYTHON_VERSION LLAMA_CPP_F
     arguments+=(--build-arg "$name=${!name}")
   fi
 done
+
+if [ -n "${PIP_CONFIG:-}" ]; then
+  arguments+=(--secret "id=pip,src=$PIP_CONFIG")
+fi
+export BUILDAH_LAYERS=${BUILDAH_LAYERS:-true}   # buildah forgets every step otherwise
 
 echo "build: quotesmith:$version$suffix ($variant) at ${revision:0:12} with $builder" >&2
 "$builder" build --file Dockerfile --tag "quotesmith:$version$suffix" "${arguments[@]}" "$@" .

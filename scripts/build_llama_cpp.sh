@@ -7,22 +7,28 @@
 # models/ggml-vocab-gpt-2.gguf and BUILD.json, and points `current` beside it there. Reads from the environment:
 #   PYTHON             the interpreter whose pip fetches things (default python3)
 #   LLAMA_CPP_SDIST    the source archive, if it is already on disk; otherwise it comes from PyPI
-#   LLAMA_CPP_NATIVE   ON: for this machine's CPU (default). OFF: for any x86-64 with AVX2, or any arm64
+#   LLAMA_CPP_NATIVE   ON: static programs for this machine's CPU (default). OFF: what a job needs, for any x86-64 or
+#                      arm64: a library for each generation of CPUs, of which the programs load the best that fits
 #   LLAMA_CPP_FLAGS    more for cmake (-DGGML_CUDA=ON)
 #   CC, CXX, CFLAGS, CXXFLAGS
 set -euo pipefail
 
 package=llama-cpp-python version=0.3.36   # the newest release whose llama.cpp converts with transformers 5
 sha256=832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e
-# llama-probe is ours; llama-completion is what the model card tells people to run, so a test runs it too;
-# llama-imatrix is what our importance matrix is tested against
-programs=(llama-quantize llama-completion llama-bench llama-imatrix llama-probe)
+programs=(llama-quantize llama-bench llama-probe)   # what a job runs; llama-probe is ours
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 recipe=$here/llama_cpp
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/quotesmith/llama.cpp
 python=${PYTHON:-python3}
-flags=(-DCMAKE_BUILD_TYPE=Release "-DGGML_NATIVE=${LLAMA_CPP_NATIVE:-ON}")
+native=${LLAMA_CPP_NATIVE:-ON}
+flags=(-DCMAKE_BUILD_TYPE=Release "-DGGML_NATIVE=$native")
+if [ "$native" = ON ]; then
+    # the model card tells people to run llama-completion, and llama-imatrix is what ours is compared with: tests run both
+    programs+=(llama-completion llama-imatrix)
+else
+    flags+=(-DGGML_BACKEND_DL=ON -DGGML_CPU_ALL_VARIANTS=ON)
+fi
 read -ra more <<<"${LLAMA_CPP_FLAGS:-}"
 flags+=("${more[@]}")
 
@@ -35,7 +41,7 @@ build_key() {
         printf '%s\n' "$sha256" "${flags[@]}" "${programs[@]}" "${CC:-} ${CXX:-} ${CFLAGS:-} ${CXXFLAGS:-}" "$(uname -sm)"
         declare -f compile collect   # not the whole script: a comment is no reason to build again
         cat "$recipe"/*
-        if [ "${LLAMA_CPP_NATIVE:-ON}" = ON ]; then
+        if [ "$native" = ON ]; then
             grep -m1 -E '^(flags|Features)' /proc/cpuinfo 2>/dev/null || uname -p
         fi
     } | digest | cut -c1-16
@@ -110,6 +116,7 @@ collect() {
     local out=$work/out source=$work/source program
     mkdir -p "$out/bin" "$out/convert" "$out/models"
     for program in "${programs[@]}"; do cp "$work/build/bin/$program" "$out/bin/"; done
+    find "$work/build/bin" -name '*.so*' -exec cp -P {} "$out/bin/" \;   # names with versions are links
     cp -r "$source/convert_hf_to_gguf.py" "$source/conversion" "$source/gguf-py" "$source/LICENSE" "$out/convert/"
     cp "$source/models/ggml-vocab-gpt-2.gguf" "$out/models/"
     cat >"$out/BUILD.json" <<END
