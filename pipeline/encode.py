@@ -10,9 +10,8 @@ from transformers import PreTrainedModel
 
 from pipeline.activations import HEAD, Gram, walk
 from pipeline.gptq import encode
-from pipeline.grid import padded, whole_blocks
 from pipeline.hessian import damped, inverse_factor
-from pipeline.kquants import KTYPES, KQuant
+from pipeline.kquants import BLOCK, KTYPES, KQuant
 from pipeline.matrices import block_matrices, weight_of
 from pipeline.polish import polish
 
@@ -83,6 +82,15 @@ def kept_at_zero(weight: Tensor, kind: str, keep_zeros: bool) -> Tensor | None:
     None for a type whose grid has no zero, unless one was asked for: there they are better where they cost least.
     """
     return weight != 0 if keep_zeros or not KTYPES[kind].max_min else None
+
+
+def padded(values: Tensor, columns: int) -> Tensor:
+    missing = columns - values.shape[1]
+    return nn.functional.pad(values, (0, missing)) if missing else values
+
+
+def whole_blocks(columns: int) -> int:
+    return -(-columns // BLOCK) * BLOCK
 
 
 def square(gram: Tensor, size: int) -> Tensor:

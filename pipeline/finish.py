@@ -89,15 +89,15 @@ def finish_file(
     precision = arithmetic_of(cfg.precision, device).name
     recipe = Recipe(cfg.steps, cfg.batch_tokens, cfg.learning_rate, cfg.patience, precision, seed)
     student = load_fp32(recovered, device)
-    pruned = {name: (weight_of(module) == 0).cpu() for name, module in block_matrices(student).items()}
+    matrices = block_matrices(student).items() if file.facts.get("keep_zeros") else ()
+    pruned = {name: (weight_of(module) == 0).cpu() for name, module in matrices}
     load_weights(student, path)
     freeze_rounded(student, path)
     kquants = read_kquants(student, path) if cfg.train == "all" else {}
     facts = finish_model(student, load_fp32(tuned, device), kquants, train, validation, recipe, checkpoints)
     write_vectors(student, path)
     write_kquants(student, path, facts.pop("kquants"))
-    if file.facts.get("keep_zeros"):
-        require_zeros(student, path, pruned)
+    require_zeros(student, path, pruned)
     log.info(
         "finish: %s, validation KL %.4f to %.4f nats a token",
         path.name,

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.kquant_fit import ZERO_RATIO, half
-from pipeline.kquants import BLOCK, GROUP, KTYPES, KQuant, per_group
+from pipeline.kquants import GROUP, KTYPES, KQuant, per_group
 from pipeline.matrices import weight_of
 
 
@@ -68,15 +68,6 @@ class Grid(nn.Module):
         """As the file stores it."""
         d, dmin = self.blocks()
         return replace(self.base, d=d.half(), dmin=None if self.base.dmin is None else dmin.half())
-
-
-def padded(values: Tensor, columns: int) -> Tensor:
-    missing = columns - values.shape[1]
-    return nn.functional.pad(values, (0, missing)) if missing else values
-
-
-def whole_blocks(columns: int) -> int:
-    return -(-columns // BLOCK) * BLOCK
 
 
 def as_half(x: Tensor) -> Tensor:

@@ -165,8 +165,7 @@ def encode_file(
         others = read_matrices(model, path, [name for name in names if name not in ours and name != HEAD])
         write_kquants(model, path, encode_model(model, sequences, ours, others=others, keep_zeros=keep_zeros))
     log.info(
-        "quantize: %d tensors of %s encoded with error feedback, %d of them from their weights before pruning, of "
-        "which their types would keep no zero",
+        "quantize: %d tensors of %s encoded with error feedback, %d of them from the weights before pruning",
         len(ours),
         path.name,
         len(unpruned),

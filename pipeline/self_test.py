@@ -181,9 +181,8 @@ def machine(root: Path) -> Part:
     if available is None or available >= GPT2_MEMORY_BYTES:
         return Part("machine", found)
     fatal = available < RUNTIME_BYTES
-    what = (
-        f"a job on GPT-2 needs at least {GPT2_MEMORY_BYTES / GB:.1f} GB of memory, and none runs with less than 0.5 GB"
-    )
+    least, any_job = GPT2_MEMORY_BYTES / GB, RUNTIME_BYTES / GB
+    what = f"a job on GPT-2 needs at least {least:.1f} GB of memory, and none runs with less than {any_job:.1f} GB"
     return Part("machine", found, (Finding(fatal, what),))
 
 

@@ -9,16 +9,7 @@ import platform
 from pipeline import __version__
 
 PACKAGES = (
-    *(
-        "accelerate",
-        "bitsandbytes",
-        "datasets",
-        "gguf",
-        "google-cloud-storage",
-        "numpy",
-        "peft",
-        "safetensors",
-    ),
+    *("accelerate", "bitsandbytes", "datasets", "gguf", "google-cloud-storage", "numpy", "peft", "safetensors"),
     *("tokenizers", "torch", "transformers"),
 )
 REVISION = "IMAGE_REVISION"  # set in an image: the commit that it was built from, or "unknown"

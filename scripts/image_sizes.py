@@ -24,7 +24,7 @@ import click
 
 IMAGES = Path(__file__).resolve().parent / "image"
 INDEX = os.environ.get("INDEX_URL", "https://pypi.org/simple")
-PIN = re.compile(r"^([a-z0-9._-]+)==(\S+)((?: \\\n    --hash=sha256:[0-9a-f]{64})*)$", re.M)
+PIN = re.compile(r"^([A-Za-z0-9._-]+)==(\S+)((?: \\\n    --hash=sha256:[0-9a-f]{64})*)$", re.M)
 WHEEL = re.compile(r"(py3|cp311|cp3\d+-abi3)\S*(any|linux\S*x86_64)\.whl$|-cp311-cp311-\S*linux\S*x86_64\.whl$")
 TAIL = 1 << 20  # bytes that hold a wheel's list of files
 
@@ -129,14 +129,14 @@ def computed() -> dict[str, tuple[int, int, int]]:
         for name in ("numpy", "sympy", "networkx"):  # which trim.sh looks into, and both variants have alike
             (packages / name).mkdir(parents=True)
         sizes: dict[str, tuple[int, int, int]] = {}
-        before = 0
+        unpacked = 0
         for each in found:
             unpack_hollow(each, packages)
-            sizes[each.name] = (each.size, held(packages) - before, 0)
-            before = held(packages)
+            before, unpacked = unpacked, held(packages)
+            sizes[each.name] = (each.size, unpacked - before, 0)  # what trim.sh takes is of them all
         subprocess.run(["bash", IMAGES / "trim.sh", every], check=True, stdout=subprocess.DEVNULL)
-        total = held(packages)
-    return {**sizes, "all of them": (sum(s[0] for s in sizes.values()), before, total)}
+        trimmed = held(packages)
+    return {**sizes, "all of them": (sum(each.size for each in found), unpacked, trimmed)}
 
 
 def layers(image: str) -> list[tuple[str, int]]:

@@ -27,9 +27,8 @@ from pipeline.artifacts import Checkpoint
 from pipeline.config import SparsityConfig
 from pipeline.device import arithmetic_of
 from pipeline.distill import Recipe
-from pipeline.encode import encode_model, take_unpruned
+from pipeline.encode import encode_model, padded, take_unpruned, whole_blocks
 from pipeline.finish import finish_model
-from pipeline.grid import padded, whole_blocks
 from pipeline.kquants import KQuant, unpack
 from pipeline.loading import load_fp32
 from pipeline.matrices import block_matrices, weight_of

@@ -7,8 +7,7 @@ from gguf import GGMLQuantizationType
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from pipeline.activations import HEAD, input_squares, walk
-from pipeline.encode import encode_model, encode_module, take_unpruned
-from pipeline.grid import padded
+from pipeline.encode import encode_model, encode_module, padded, take_unpruned
 from pipeline.kquants import unpack
 from pipeline.matrices import block_matrices, weight_of
 

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from scripts.image_sizes import PIN
+
 ROOT = Path(__file__).resolve().parent.parent
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-PIN = re.compile(r"^([A-Za-z0-9._-]+)==(\S+)((?: \\\n    --hash=sha256:[0-9a-f]{64})*)$", re.M)
 BUILDER = """#!/bin/sh
 [ "$1" = info ] && exit "${INFO_CODE:-0}"
 printf '%s\\n' "$@" >"$0.arguments"

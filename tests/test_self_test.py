@@ -108,14 +108,16 @@ def test_a_work_folder_that_cannot_be_written_is_a_problem(llama_cpp, tmp_path):
     assert f"    1. {tmp_path} is read-only; mount a volume" in done.stdout
 
 
+def report_of(part, before):
+    """Code that prints the lines of a part after it did what comes before."""
+    return f"import os, pathlib, sys; from pipeline import self_test; {before}; print(*{part}.lines(), sep={chr(10)!r})"
+
+
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
 def test_a_work_folder_of_another_user_is_told_with_both_users():
-    code = (
-        "import os, pathlib, sys; from pipeline import self_test; os.setuid(65534);"
-        "print(*self_test.work_folder(pathlib.Path(sys.argv[1])).lines(), sep='\\n')"
-    )
     with tempfile.TemporaryDirectory() as volume:  # pytest's own folders are closed to others
         Path(volume).chmod(0o755)
+        code = report_of("self_test.work_folder(pathlib.Path(sys.argv[1]))", "os.setuid(65534)")
         done = command(f"{volume}/work", code=code)
     assert "cannot be made (Permission denied)" in done.stdout, done.stderr
     assert f"1. {volume} belongs to user 0, and this is user 65534; run as that user" in done.stdout
@@ -123,11 +125,8 @@ def test_a_work_folder_of_another_user_is_told_with_both_users():
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
 def test_a_user_without_a_home_is_told_what_is_missing_and_not_a_traceback():
-    code = (
-        "import os; from pipeline import self_test; del os.environ['HOME']; os.setuid(12345);"
-        "print(*self_test.checked('llama.cpp', lambda: self_test.tools('')).lines(), sep='\\n')"
-    )
-    done = command(code=code, cwd="/")
+    tools = "self_test.checked('llama.cpp', lambda: self_test.tools(''))"
+    done = command(code=report_of(tools, "del os.environ['HOME']; os.setuid(12345)"), cwd="/")
     assert "problem: the llama.cpp tools are not in /" in done.stdout, done.stderr
 
 

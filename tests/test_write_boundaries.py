@@ -44,8 +44,8 @@ PROCESSES = min(2, len(os.sched_getaffinity(0)))
 EVERYTHING = bool(os.environ.get("QUOTESMITH_EVERY_FAULT"))
 
 pytestmark = pytest.mark.slow
-# An I/O error that torch.save meets while it closes its file still ends the job with 70 and a traceback.
-known = pytest.mark.skipif(not EVERYTHING, reason="takes long; QUOTESMITH_EVERY_FAULT=1 tries it")
+FAILS = "an I/O error while torch.save closes its file ends the job with 70 and a traceback"
+known_to_fail = pytest.mark.skipif(not EVERYTHING, reason=f"known: {FAILS}; QUOTESMITH_EVERY_FAULT=1 tries it")
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ def chosen(boundaries: Sequence[Boundary], fault: str) -> list[Boundary]:
     return [boundary for number, boundary in enumerate(can_matter) if number in tried]
 
 
-@pytest.mark.parametrize("fault", ["SIGKILL", "SIGTERM", "disk full", pytest.param("I/O error", marks=known)])
+@pytest.mark.parametrize("fault", ["SIGKILL", "SIGTERM", "disk full", pytest.param("I/O error", marks=known_to_fail)])
 def test_after_a_fault_nothing_is_half_done_and_the_next_start_ends_with_the_same_release(
     fault: str,
     undisturbed: Undisturbed,

@@ -24,14 +24,8 @@ IMAGE = f"quotesmith:{__version__}"
 USER = 10001  # the image's
 GRACE_SECONDS = 120  # between the two signals, where the job may ask for it: enough to write a checkpoint of GPT-2
 OF_THE_IMAGE = ("work_dir", "llama_cpp", "grace_seconds")
-PLACES = (
-    "input",
-    "output",
-    "model.base",
-    "calibration.text",
-    "resume.uri",
-    "tensorboard",
-)  # settings that can be a path
+# Settings that can be a path.
+PLACES = ("input", "output", "model.base", "calibration.text", "resume.uri", "tensorboard")
 
 
 def asked(default: Any, meaning: str) -> Any:
