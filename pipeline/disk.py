@@ -15,7 +15,8 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 FAILING = (errno.EIO,)
 LEAST_FREE_BYTES = 1 << 20  # with less than this left, what failed while writing failed for lack of disk
 IN_RUST = re.compile(r"\(os error (\d+)\)")  # safetensors and tokenizers have exceptions of their own
-IN_TORCH = ("PytorchStreamWriter failed", "unexpected pos")  # torch.save, which keeps no number
+# torch.save keeps no number: its own writing, what it checks afterwards, and C++'s closing of the file.
+IN_TORCH = ("PytorchStreamWriter failed", "unexpected pos", "iostream error")
 
 
 def number_of(error: BaseException) -> int | None:

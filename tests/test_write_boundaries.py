@@ -3,8 +3,8 @@
 The boundaries are not listed anywhere: an undisturbed job on the smallest model is watched by a library of ours
 (write_boundaries.c) in the job and its tools, so what a new stage writes is tried too. SIGKILL comes before every call
 by which something is committed (a stage, a checkpoint, a copy, a release) and before a sample of the others that change
-a file; SIGTERM and a full disk come at a sample of all. With QUOTESMITH_EVERY_FAULT=1 in the environment each fault
-comes at every boundary, I/O errors too, which takes the better part of an hour.
+a file; SIGTERM, a full disk and I/O errors come at a sample of all. With QUOTESMITH_EVERY_FAULT=1 in the environment
+each fault comes at every boundary, which takes the better part of an hour.
 """
 
 from __future__ import annotations
@@ -44,8 +44,6 @@ PROCESSES = min(2, len(os.sched_getaffinity(0)))
 EVERYTHING = bool(os.environ.get("QUOTESMITH_EVERY_FAULT"))
 
 pytestmark = pytest.mark.slow
-FAILS = "an I/O error while torch.save closes its file ends the job with 70 and a traceback"
-known_to_fail = pytest.mark.skipif(not EVERYTHING, reason=f"known: {FAILS}; QUOTESMITH_EVERY_FAULT=1 tries it")
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +137,7 @@ def chosen(boundaries: Sequence[Boundary], fault: str) -> list[Boundary]:
     return [boundary for number, boundary in enumerate(can_matter) if number in tried]
 
 
-@pytest.mark.parametrize("fault", ["SIGKILL", "SIGTERM", "disk full", pytest.param("I/O error", marks=known_to_fail)])
+@pytest.mark.parametrize("fault", ["SIGKILL", "SIGTERM", "disk full", "I/O error"])
 def test_after_a_fault_nothing_is_half_done_and_the_next_start_ends_with_the_same_release(
     fault: str,
     undisturbed: Undisturbed,
