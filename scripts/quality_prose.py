@@ -156,11 +156,11 @@ class Bench:
         recipe = Recipe(e.recover_steps, e.batch_tokens, e.recover_rate, e.recover_steps, self.precision, 0)
         return recover_model(model, self.load("dense"), self.train, self.validation, recipe)
 
-    def finish(self, encoded: str, everything: bool) -> Callable[[PreTrainedModel], dict[str, Any]]:
+    def finish(self, encoded: str) -> Callable[[PreTrainedModel], dict[str, Any]]:
         def change(model: PreTrainedModel) -> dict[str, Any]:
             e = self.effort
             recipe = Recipe(e.finish_steps, e.batch_tokens, e.finish_rate, e.finish_steps, self.precision, 1)
-            stored = torch.load(self.folder / encoded) if everything else {}
+            stored = torch.load(self.folder / encoded)
             kquants = {name: KQuant(**values) for name, values in stored.items()}
             facts = finish_model(model, self.load("dense"), kquants, self.train, self.validation, recipe)
             return {key: value for key, value in facts.items() if key != "kquants"}
@@ -182,8 +182,7 @@ def steps(bench: Bench) -> list[dict[str, Any]]:
     with torch.no_grad():
         bench.step("recovered, stock rounding with importance matrix", "recovered", bench.stock(importance=True))
         bench.step("recovered, our encoder", "recovered", bench.encode(keep="kquants.pt"))
-    bench.step("finished, vectors alone", "recovered, our encoder", bench.finish("kquants.pt", everything=False))
-    bench.step("finished", "recovered, our encoder", bench.finish("kquants.pt", everything=True))
+    bench.step("finished", "recovered, our encoder", bench.finish("kquants.pt"))
     return bench.rows
 
 
