@@ -11,6 +11,7 @@ from pipeline.settings import resolve
 
 STEPS = ("sparsify", "recover", "quantize", "finish")
 FIGURES = ("perplexity", "ppl_ratio", "kl_mean", "same_top", "size_bytes", "zeros", "tokens")
+METHODS = ("random", "magnitude", "wanda", "sparsegpt")
 STOCK = {
     "sparsity.refit": "false",
     "recover.steps": "0",
@@ -21,12 +22,8 @@ NO_IMPORTANCE = {**STOCK, "quantize.importance": "false"}
 
 # What a way is called, and its settings where they differ from the defaults.
 WAYS: dict[str, dict[str, str]] = {
-    **{f"{method}, stock Q2_K": {**NO_IMPORTANCE, "sparsity.method": method} for method in ("random", "magnitude")},
-    **{f"{method}, stock Q2_K": {**NO_IMPORTANCE, "sparsity.method": method} for method in ("wanda", "sparsegpt")},
-    **{
-        f"{method}, stock Q2_K with importance matrix": {**STOCK, "sparsity.method": method}
-        for method in ("random", "magnitude", "wanda", "sparsegpt")
-    },
+    **{f"{method}, stock Q2_K": {**NO_IMPORTANCE, "sparsity.method": method} for method in METHODS},
+    **{f"{method}, stock Q2_K with importance matrix": {**STOCK, "sparsity.method": method} for method in METHODS},
     "sparsegpt, our encoder": {"recover.steps": "0", "finish.steps": "0"},
     "sparsegpt, recovery, stock Q2_K with importance matrix": {"finish.steps": "0", "quantize.encoder": "llama.cpp"},
     "sparsegpt, recovery, our encoder": {"finish.steps": "0"},
