@@ -4,11 +4,12 @@ starts it."""
 import json
 import shutil
 import subprocess
+import sys
 
 import pytest
 import yaml
 
-from tests.containers import RESTRICTED, USER, VERSION, Engine, built, folder_of, missing, mounted, variables
+from tests.containers import RESTRICTED, ROOT, USER, VERSION, Engine, built, folder_of, missing, mounted, variables
 from tests.test_job import QUOTES, write_bucket
 
 pytestmark = [pytest.mark.slow, pytest.mark.image, pytest.mark.skipif(bool(missing()), reason=missing())]
@@ -106,6 +107,16 @@ def test_the_image_says_that_it_can_work_and_what_it_is_made_of(podman, image):
     revision = made["Labels"]["org.opencontainers.image.revision"]
     assert f"{VERSION}, revision {revision}" in done.out and "a job can run here" in done.out
     assert made["User"] == f"{USER}:{USER}" and made["Labels"]["org.opencontainers.image.version"] == VERSION
+
+
+def test_the_bill_of_materials_is_that_of_the_lock_and_of_debians_packages(podman, image):
+    script = ROOT / "scripts/sbom.py"
+    made = subprocess.run(
+        [sys.executable, script, "--variant", "cpu", image], env=podman.env(), capture_output=True, text=True
+    )
+    assert made.returncode == 0, made.stderr
+    found = {each["purl"].split("@")[0] for each in json.loads(made.stdout)["components"]}
+    assert {"pkg:pypi/torch", "pkg:pypi/llama-cpp-python", "pkg:deb/debian/libc6"} <= found
 
 
 def test_llama_cpp_has_code_for_every_generation_of_cpus(podman, image):
