@@ -38,6 +38,15 @@ if [ "$variant" = cpu ]; then
   EXTRA_INDEX_URL=${EXTRA_INDEX_URL-https://download.pytorch.org/whl/cpu}
 fi
 
+previous=
+for word in "$@"; do   # another target is another image
+  case $previous:$word in
+    --target:*) suffix=$suffix-$word ;;
+    *:--target=*) suffix=$suffix-${word#--target=} ;;
+  esac
+  previous=$word
+done
+
 arguments=(--build-arg "VARIANT=$variant" --build-arg "VERSION=$version" --build-arg "REVISION=$revision")
 for name in INDEX_URL EXTRA_INDEX_URL BASE BUILD_BASE PYTHON_VERSION LLAMA_CPP_FLAGS BASE_MODEL BASE_REVISION; do
   if [ -n "${!name:-}" ]; then

@@ -114,7 +114,7 @@ def test_the_image_is_named_by_version_and_revision(build):
     done, asked = build("--target", "with-model", INDEX_URL="https://mirror/simple")
     assert done.returncode == 0, done.stderr
     words = asked["docker"]
-    assert words[:5] == ["build", "--file", "Dockerfile", "--tag", f"quotesmith:{PROJECT['version']}"]
+    assert words[:5] == ["build", "--file", "Dockerfile", "--tag", f"quotesmith:{PROJECT['version']}-with-model"]
     assert words[-3:] == ["--target", "with-model", "."]
     given = dict(word.split("=", 1) for word in words if "=" in word)
     assert given["VARIANT"] == "cuda" and given["INDEX_URL"] == "https://mirror/simple"
@@ -122,9 +122,12 @@ def test_the_image_is_named_by_version_and_revision(build):
     assert all(re.search(rf"^ARG {name}\b", DOCKERFILE, re.M) for name in given)
 
 
-def test_a_cpu_image_has_another_name_and_torchs_own_index(build):
-    _, asked = build(builders=("podman", "buildah"), VARIANT="cpu")
-    assert list(asked) == ["podman"] and f"quotesmith:{PROJECT['version']}-cpu" in asked["podman"]
+@pytest.mark.parametrize(
+    ("args", "ending"), [((), "-cpu"), (("--target=sagemaker", "--tag", "x:--target"), "-cpu-sagemaker")]
+)
+def test_a_cpu_image_has_another_name_and_torchs_own_index(build, args, ending):
+    _, asked = build(*args, builders=("podman", "buildah"), VARIANT="cpu")
+    assert list(asked) == ["podman"] and f"quotesmith:{PROJECT['version']}{ending}" in asked["podman"]
     assert "EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu" in asked["podman"]
 
 
