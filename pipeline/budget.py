@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from pipeline.artifacts import Facts, GgufFile
 from pipeline.calibrate import first_of
+from pipeline.config.shrinking import UNQUANTIZED
 from pipeline.errors import ConfigError
 from pipeline.forecast import Choice, Forecast, foretell, stored_bytes
 from pipeline.gguf_file import BLOCK_MATRIX, GgufContents, role_of
@@ -27,7 +28,6 @@ log = logging.getLogger(__name__)
 
 TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")  # from the smallest
 NARROW_TYPES = ("Q4_0", "Q5_0", "Q8_0")  # for rows that are no multiple of 256
-UNQUANTIZED = ("F32", "F16", "BF16")
 MEASURED_TOKENS = 2000
 
 

@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline.artifacts import Calibration, Checkpoint, Facts, GgufFile, GgufSet, sha256_of
@@ -26,15 +25,15 @@ from pipeline.gguf_reader import TensorReader
 from pipeline.gguf_weights import (
     load_weights,
     read_kquants,
-    read_matrices,
     stored_parameters,
     write_kquants,
     write_vectors,
 )
 from pipeline.grid import put_on_grid, take_off_grid
+from pipeline.kept_zeros import pruned_weights, require_zeros
 from pipeline.kquants import KQuant
 from pipeline.loading import load_fp32
-from pipeline.matrices import block_matrices, ids_of_embeddings, weight_of
+from pipeline.matrices import block_matrices, ids_of_embeddings
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +51,7 @@ def finish(
     calibration: Calibration,
     cfg: FinishConfig,
     *,
+    keep_zeros: bool,
     device: str,
     seed: int,
     out: Path,
@@ -60,12 +60,13 @@ def finish(
     """Each file of `quantized` trained against `tuned`, under the same name in `out`.
 
     F16 files are not trained. A file whose validation loss does not fall stays as it was. Raises `CheckFailed` when
-    the loss is not finite, or when a file has another size or other types than before.
+    the loss is not finite, when a file has another size or other types than before, or when a zero that `keep_zeros`
+    has kept is none any more.
     """
     finished = []
     for file in quantized.files:
         of_file = checkpoints.part(file.path.name) if checkpoints else None
-        finished.append(finish_file(file, recovered, tuned, calibration, cfg, device, seed, out, of_file))
+        finished.append(finish_file(file, recovered, tuned, calibration, cfg, keep_zeros, device, seed, out, of_file))
     return GgufSet(tuple(finished))
 
 
@@ -75,6 +76,7 @@ def finish_file(
     tuned: Checkpoint,
     calibration: Calibration,
     cfg: FinishConfig,
+    keep_zeros: bool,
     device: str,
     seed: int,
     out: Path,
@@ -84,13 +86,12 @@ def finish_file(
     shutil.copyfile(file.path, path)
     if not cfg.steps or file.type == "F16":
         reason = "finish.steps is 0" if file.type != "F16" else "F16 has nothing to make up for"
-        return GgufFile(path, file.sha256, file.size_bytes, file.type, file.facts | {"finish": {"reason": reason}})
+        return described(file, path, {"reason": reason})
     train, validation = (load_calibration(calibration, split) for split in ("train", "validation"))
     precision = arithmetic_of(cfg.precision, device).name
     recipe = Recipe(cfg.steps, cfg.batch_tokens, cfg.learning_rate, cfg.patience, precision, seed)
     student = load_fp32(recovered, device)
-    matrices = block_matrices(student).items() if file.facts.get("keep_zeros") else ()
-    pruned = {name: (weight_of(module) == 0).cpu() for name, module in matrices}
+    pruned = pruned_weights(student) if keep_zeros else {}
     load_weights(student, path)
     freeze_rounded(student, path)
     kquants = read_kquants(student, path) if cfg.train == "all" else {}
@@ -104,7 +105,7 @@ def finish_file(
         facts["validation_kl_before"],
         facts["validation_kl"],
     )
-    return checked(file, path, facts)
+    return described(file, path, facts)
 
 
 def freeze_rounded(model: PreTrainedModel, path: Path) -> None:
@@ -139,17 +140,13 @@ def finish_model(
     return facts | {"kquants": trained}
 
 
-def require_zeros(model: PreTrainedModel, path: Path, pruned: Mapping[str, Tensor]) -> None:
-    """Raises `CheckFailed` when a `pruned` weight is something else than zero in `path`."""
-    for name, weight in read_matrices(model, path, list(pruned)).items():
-        if lost := int((weight[pruned[name]] != 0).sum()):
-            raise CheckFailed(f"finishing gave {lost} pruned weights of {name} in {path.name} a value; this is a bug")
+def described(before: GgufFile, path: Path, facts: Facts) -> GgufFile:
+    """The finished file; `CheckFailed` unless it has the size and the types it had.
 
-
-def checked(before: GgufFile, path: Path, facts: Facts) -> GgufFile:
-    """The finished file described; `CheckFailed` unless it has the size and the types it had."""
-    described = GgufContents(path).describe()
+    Its facts are its own: those of `before` are not all in its bytes, which alone decide whether this stage is skipped.
+    """
+    found = GgufContents(path).describe()
     size = path.stat().st_size
-    if size != before.size_bytes or described["tensor_types"] != before.facts["tensor_types"]:
+    if size != before.size_bytes or found["tensor_types"] != before.facts["tensor_types"]:
         raise CheckFailed(f"finishing changed the size or the types of {path.name}; this is a bug")
-    return GgufFile(path, sha256_of(path), size, before.type, before.facts | described | {"finish": facts})
+    return GgufFile(path, sha256_of(path), size, before.type, found | {"finish": facts})

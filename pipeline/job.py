@@ -13,7 +13,7 @@ from typing import Any
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from pipeline import __version__, base_model, curves, gates, metrics, settings
-from pipeline.artifacts import Checkpoint, Corpus, Evaluation, GgufFile, GgufSet, Release, TokenDataset
+from pipeline.artifacts import Checkpoint, Corpus, Evaluation, Facts, GgufFile, GgufSet, Release, TokenDataset
 from pipeline.base_model import obtain
 from pipeline.calibrate import calibrate
 from pipeline.claim import Claim
@@ -74,6 +74,7 @@ class Given:
 class Made:
     tokens: TokenDataset
     final: Checkpoint
+    quantized: GgufSet
     finished: GgufSet
     evaluation: Evaluation
 
@@ -144,10 +145,10 @@ def make(stages: Stages, given: Given, cfg: JobConfig, ground: Ground) -> Made:
     f16 = stages.run(export, final, given.corpus, tokens, cfg.export, **naming)
     kept: dict[str, Any] = {"keep_zeros": cfg.sparsity.keep_zeros, "device": device.name}
     quantized = stages.run(quantize, f16, final, tuned, calibration, cfg.quantize, **kept, **naming)
-    finished = stages.run(finish, quantized, final, tuned, calibration, cfg.finish, **where)
+    finished = stages.run(finish, quantized, final, tuned, calibration, cfg.finish, **kept, seed=cfg.seed)
     models = (base, tuned, pruned, recovered, f16, quantized, finished)
     evaluation = stages.run(evaluate, *models, tokens, calibration, cfg.evaluate, cfg.fourbit, tools=tools, **where)
-    return Made(tokens, final, finished, evaluation)
+    return Made(tokens, final, quantized, finished, evaluation)
 
 
 def calibration_text(stages: Stages, cfg: JobConfig) -> Corpus | None:
@@ -176,7 +177,8 @@ def run_id_of(cfg: JobConfig, corpus: Corpus, text: Corpus | None, source: str, 
 
 def gather(resolved: Resolved, given: Given, made: Made, stages: Stages, llama_cpp: str) -> metrics.Metrics:
     found = made.evaluation.facts
-    ggufs = [gguf_figures(file, found["speed"]) for file in made.finished.files]
+    pairs = zip(made.quantized.files, made.finished.files, strict=True)
+    ggufs = [gguf_figures(file, before.facts | file.facts, found["speed"]) for before, file in pairs]
     return metrics.Metrics.model_validate(
         {
             "run_id": given.run_id,
@@ -201,14 +203,14 @@ def gather(resolved: Resolved, given: Given, made: Made, stages: Stages, llama_c
     )
 
 
-def gguf_figures(file: GgufFile, speed: dict[str, Any]) -> dict[str, Any]:
+def gguf_figures(file: GgufFile, facts: Facts, speed: dict[str, Any]) -> dict[str, Any]:
     return {
         "name": file.path.name,
         "type": file.type,
         "sha256": file.sha256,
         "size_bytes": file.size_bytes,
         "speed": speed[file.path.name],
-        "facts": file.facts,
+        "facts": facts,
     }
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipeline.artifacts import Facts, GgufFile
+from pipeline.artifacts import Facts
 from pipeline.errors import CheckFailed, ConfigError
 from pipeline.forecast import Forecast
 from pipeline.gguf_file import BLOCK_MATRIX
-from pipeline.gguf_weights import load_weights
+from pipeline.gguf_weights import load_weights, read_matrices
+from pipeline.matrices import block_matrices, weight_of
 from pipeline.sensitivity import divergence, predictions
 
 # Zero is on their grids; on that of Q2_K our encoder puts it. On all others it is by accident only.
@@ -30,13 +32,16 @@ def require_types_with_zeros(kind: str, forecast: Forecast) -> None:
             )
 
 
-def require_zeros(file: GgufFile, f16: GgufFile) -> None:
-    """Raises `CheckFailed` when `file` has fewer zeros than `f16`, which it was made from."""
-    if file.facts["zeros"] < f16.facts["zeros"]:
-        raise CheckFailed(
-            f"{file.path.name} has {file.facts['zeros']:.4f} of its weights at zero, before rounding it were "
-            f"{f16.facts['zeros']:.4f}, and sparsity.keep_zeros was asked for; this is a bug"
-        )
+def pruned_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Which weights (out, in) of each block matrix are zero."""
+    return {name: (weight_of(module) == 0).cpu() for name, module in block_matrices(model).items()}
+
+
+def require_zeros(model: PreTrainedModel, path: Path, pruned: Mapping[str, Tensor]) -> None:
+    """Raises `CheckFailed` when a `pruned` weight is something else than zero in `path`."""
+    for name, weight in read_matrices(model, path, list(pruned)).items():
+        if lost := int((weight[pruned[name]] != 0).sum()):
+            raise CheckFailed(f"{lost} pruned weights of {name} in {path.name} have a value again; this is a bug")
 
 
 def cost_of_zeros(

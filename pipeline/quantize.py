@@ -18,16 +18,17 @@ from transformers import PreTrainedModel
 from pipeline import imatrix, llama_cpp
 from pipeline.activations import HEAD, input_squares
 from pipeline.artifacts import Calibration, Checkpoint, Facts, GgufFile, GgufSet, sha256_of
-from pipeline.budget import UNQUANTIZED, choose_types, least
+from pipeline.budget import choose_types, least
 from pipeline.calibrate import load_calibration
 from pipeline.config import QuantizeConfig
+from pipeline.config.shrinking import UNQUANTIZED
 from pipeline.encode import encode_model, take_unpruned
 from pipeline.errors import MachineError
 from pipeline.forecast import DATASET, IMATRIX, Choice, Forecast, foretell, handle_fallbacks, require_foretold
 from pipeline.gguf_file import GgufContents
 from pipeline.gguf_names import matrix_names
 from pipeline.gguf_weights import head_tensor, read_matrices, write_kquants
-from pipeline.kept_zeros import cost_of_zeros, require_types_with_zeros, require_zeros
+from pipeline.kept_zeros import cost_of_zeros, pruned_weights, require_types_with_zeros, require_zeros
 from pipeline.kquants import KTYPES
 from pipeline.llama_cpp import LlamaCpp
 from pipeline.loading import load_fp32
@@ -85,7 +86,8 @@ def quantize(
             ours |= {"zeros_cost": encoder.cost_of_zeros(path, kind)}
         files.append(described(path, kind, forecast, ours))
         if keep_zeros:
-            require_zeros(files[-1], f16)
+            pruned = load_fp32(model, "cpu")
+            require_zeros(pruned, path, pruned_weights(pruned))
     return GgufSet(tuple(files))
 
 

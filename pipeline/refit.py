@@ -51,19 +51,23 @@ def exchanged(pruned: Tensor, dense: Tensor, hessian: Tensor, inverse: Tensor, c
 
     Optimal Brain Surgeon's saliency w² / [H⁻¹]_ii for those that go; rows with fewer of either exchange fewer.
     """
-    count = min(count, int((pruned == 0).sum(1).min()), int((pruned != 0).sum(1).min()))
+    limits = torch.minimum((pruned == 0).sum(1), (pruned != 0).sum(1))
+    count = min(count, int(limits.max()))
     if not count:
         return pruned
+    exchanges = torch.arange(count, device=pruned.device) < limits[:, None]  # (out, count)
     diagonal = hessian.diagonal()
     slope = (pruned - dense) @ hessian
     gain = torch.where(pruned == 0, slope**2 / diagonal, -1.0)
     back = gain.topk(count, dim=1).indices
     # never exactly zero, which would be a pruned weight again
     value = -(slope / diagonal).gather(1, back)
-    more = pruned.scatter(1, back, torch.where(value == 0, torch.finfo(torch.float32).tiny, value))
+    value = torch.where(value == 0, torch.finfo(torch.float32).tiny, value)
+    more = pruned.scatter(1, back, torch.where(exchanges, value, pruned.gather(1, back)))
     more = fitted_to(more, dense, hessian, STEPS_BETWEEN)
     cost = torch.where(more == 0, torch.inf, more**2 / inverse)
-    fewer = more.scatter(1, cost.topk(count, dim=1, largest=False).indices, 0.0)
+    gone = cost.topk(count, dim=1, largest=False).indices
+    fewer = more.scatter(1, gone, torch.where(exchanges, 0.0, more.gather(1, gone)))
     return fitted_to(fewer, dense, hessian, STEPS_BETWEEN)
 
 

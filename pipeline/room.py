@@ -83,12 +83,13 @@ def checkpoints_needed(base: Checkpoint, cfg: JobConfig) -> dict[str, int]:
         return {"finetune": 0}
     weights, trained = weight_bytes(base), trained_bytes(base)
     adapters = weights // 10  # of LoRA, generously
+    scales = trained // 10  # those of blocks of 256 weights, and vectors, generously
     a_training = 3 * (weights if cfg.train.method == "full" else adapters) + (weights if cfg.train.select_best else 0)
     a_distillation = 4 * trained  # now, at its best, and Adam's two
     return {
         "finetune": (KEPT + 1) * a_training,
         "recover": (KEPT + 1) * a_distillation if cfg.recover.steps else 0,
-        "finish": (KEPT + 1) * a_distillation if cfg.finish.steps else 0,
+        "finish": (KEPT + 1) * 4 * scales if cfg.finish.steps else 0,
     }
 
 
@@ -119,7 +120,7 @@ def memory_needed(base: Checkpoint, cfg: JobConfig) -> int:
     if cfg.recover.steps:
         stages.append(2 * weights + 4 * trained)  # student, teacher; gradients, Adam's two, the best so far
     if cfg.finish.steps and cfg.finish.train == "all":
-        stages.append(2 * weights + 4 * trained)
+        stages.append(2 * weights + trained)  # student, teacher; what the student's matrices decode to
     return max(stages) + RUNTIME_BYTES
 
 
@@ -129,7 +130,7 @@ def weight_bytes(base: Checkpoint) -> int:
 
 
 def trained_bytes(base: Checkpoint) -> int:
-    """Of what recovery and finishing train: all but token embedding and head."""
+    """Of what recovery trains: all but token embedding and head."""
     config = AutoConfig.from_pretrained(base.path)
     table = 4 * config.vocab_size * config.hidden_size
     tables: int = table if config.tie_word_embeddings else 2 * table

@@ -9,7 +9,7 @@ from typing import Any
 from pipeline import job
 from pipeline.settings import resolve
 
-STEPS = ("sparsify", "recover", "quantize", "finish")
+STEPS = ("sparsify", "recover", "extend", "quantize", "finish")
 FIGURES = ("perplexity", "ppl_ratio", "kl_mean", "same_top", "size_bytes", "zeros", "tokens")
 METHODS = ("random", "magnitude", "wanda", "sparsegpt")
 STOCK = {
@@ -30,6 +30,8 @@ WAYS: dict[str, dict[str, str]] = {
     "the same, vectors finished": {"finish.train": "vectors"},
     "the default: all of it": {},
     "the default, zeros kept": {"sparsity.keep_zeros": "true"},
+    "the default, in 14 MB": {"quantize.max_bytes": "14000000"},
+    "the default, 4,096 positions": {"export.context": "4096", "export.context_steps": "20"},
 }
 
 
@@ -49,11 +51,14 @@ def run(name: str, settings: dict[str, str], model: str, inputs: Sequence[str], 
         **settings,
     }
     figures = job.run(resolve(flags, {})).metrics
-    last = figures["ledger"][-1]
+    last, facts = figures["ledger"][-1], figures["ggufs"][-1]["facts"]
     compressing = [stage for stage in figures["stages"] if stage["name"] in STEPS]
     return {
         "way": name,
         **{key: last[key] for key in FIGURES},
         "seconds": {stage["name"]: stage["seconds"] for stage in compressing},
         "peak_memory_bytes": max(stage["peak_memory_bytes"] for stage in compressing),
+        "budget": facts.get("budget"),
+        "zeros_cost": facts.get("zeros_cost"),
+        "long_context": figures["long_context"],
     }

@@ -71,7 +71,7 @@ def test_training_lowers_the_loss_far_back_and_says_by_how_much(trained):
 
 def test_the_fill_that_predicts_best_is_taken(small, calibration, tmp_path):
     facts = run(small, calibration, tmp_path).facts
-    assert facts["positions"], facts["context"] == (64, CONTEXT)
+    assert (facts["positions"], facts["context"]) == (64, CONTEXT)
     assert facts["loss_by_fill"].keys() == stage.FILLS.keys()
     assert facts["loss_by_fill"][facts["fill"]] == facts["loss"] == min(facts["loss_by_fill"].values())
 

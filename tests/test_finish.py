@@ -14,12 +14,14 @@ from pipeline.config import FinishConfig
 from pipeline.encode import encode_model
 from pipeline.errors import CheckFailed
 from pipeline.export import convert
-from pipeline.finish import checked, finish, require_zeros
+from pipeline.finish import described as described_by_the_stage
+from pipeline.finish import finish
 from pipeline.gguf_f16 import store_as_f16
 from pipeline.gguf_file import GgufContents
 from pipeline.gguf_names import matrix_names
 from pipeline.gguf_proof import measure
 from pipeline.gguf_weights import load_weights, read_kquants, write_kquants
+from pipeline.kept_zeros import require_zeros
 from pipeline.llama_cpp import logits
 from pipeline.matrices import block_matrices, weight_of
 from pipeline.scoring import torch_logits
@@ -77,11 +79,12 @@ def quantized(recovered, llama_cpp, tmp_path_factory):
 
 @pytest.fixture
 def run(recovered, tuned, calibration, tmp_path):
-    def finished(file, name="out", seed=1, **settings):
+    def finished(file, name="out", seed=1, keep_zeros=False, **settings):
         out = tmp_path / name
         out.mkdir()
         cfg = CFG.model_copy(update=settings)
-        result = finish(GgufSet((file,)), recovered, tuned, calibration, cfg, device="cpu", seed=seed, out=out)
+        given = {"keep_zeros": keep_zeros, "device": "cpu", "seed": seed, "out": out}
+        result = finish(GgufSet((file,)), recovered, tuned, calibration, cfg, **given)
         assert result.files[0].path == out / file.path.name
         return result.files[0]
 
@@ -197,7 +200,7 @@ def test_zeros_that_were_kept_are_kept(run, quantized, recovered, tmp_path, monk
     names = matrix_names(model.config, pruned)
     types = {name: GgufContents(file).tensors[tensor].tensor_type.name for name, tensor in names.items()}
     write_kquants(model, file, encode_model(model, SEQUENCES, types, keep_zeros=True))
-    finished = run(replace(described(file), facts=GgufContents(file).describe() | {"keep_zeros": True}))
+    finished = run(described(file), keep_zeros=True)
     assert finished.sha256 != sha256_of(file)
     assert finished.facts["zeros"] > 0.4999 > quantized.facts["zeros"]
     require_zeros(model, finished.path, pruned)
@@ -229,25 +232,28 @@ def test_what_is_not_to_be_trained_goes_on_as_it_is(run, quantized, kind, steps,
 
 
 @on_gpt2
-def test_a_pruned_weight_that_got_a_value_is_found_by_its_matrix(quantized, recovered):
-    model = AutoModelForCausalLM.from_pretrained(recovered.path, dtype=torch.float32)
-    pruned = {name: weight_of(module) == 0 for name, module in block_matrices(model).items()}
-    with pytest.raises(CheckFailed, match=r"gave \d+ pruned weights of \S+ in toy-Q2_K\.gguf a value"):
-        require_zeros(model, quantized.path, pruned)  # llama-quantize's Q2_K has no zeros
-    symmetric = {name: k for name, k in read_kquants(model, quantized.path).items() if k.type == "Q3_K"}
-    require_zeros(model, quantized.path, {name: pruned[name] for name in symmetric})
+def test_zeros_that_are_lost_are_found(run, quantized):
+    with pytest.raises(CheckFailed, match=r"\d+ pruned weights of \S+ in toy-Q2_K\.gguf have a value again"):
+        run(quantized, keep_zeros=True, steps=1)  # llama-quantize's Q2_K has no zeros
+
+
+@on_gpt2
+def test_what_a_finished_file_says_of_itself_depends_on_its_bytes_alone(run, quantized):
+    """Else a run that quantizes to the same bytes by other settings would tell of this one's."""
+    other = replace(quantized, facts=quantized.facts | {"encoder": "other", "budget": {"max_bytes": 1}})
+    assert run(quantized, "one", steps=0).facts == run(other, "two", steps=0).facts
 
 
 @on_gpt2
 def test_a_file_of_another_size_or_of_other_types_is_refused(quantized):
     facts = quantized.facts
-    assert checked(quantized, quantized.path, {}).sha256 == quantized.sha256
+    assert described_by_the_stage(quantized, quantized.path, {}).sha256 == quantized.sha256
     for before, message in (
         (replace(quantized, size_bytes=quantized.size_bytes - 1), "changed the size or the types"),
         (replace(quantized, facts=facts | {"tensor_types": {"F32": 1}}), "changed the size or the types"),
     ):
         with pytest.raises(CheckFailed, match=message):
-            checked(before, quantized.path, {})
+            described_by_the_stage(before, quantized.path, {})
 
 
 @on_gpt2
@@ -258,7 +264,8 @@ def test_of_several_files_each_goes_on_from_checkpoints_of_its_own(
     shutil.copyfile(quantized.path, other)
     files = GgufSet((quantized, described(other)))
     whole = run(quantized)
-    given = {"device": "cpu", "seed": 1, "out": tmp_path / "died", "checkpoints": kept(tmp_path / "kept")}
+    given = {"keep_zeros": False, "device": "cpu", "seed": 1, "out": tmp_path / "died"}
+    given["checkpoints"] = kept(tmp_path / "kept")
     given["out"].mkdir()
     with pytest.MonkeyPatch.context() as patch:
         die_after(3, patch)

@@ -63,6 +63,16 @@ def test_reselecting_lowers_every_rows_error_at_the_same_count_of_zeros():
     assert (after <= before * (1 + 1e-4)).all() and after.sum() < 0.9 * before.sum()
 
 
+def test_a_row_that_can_exchange_nothing_keeps_no_other_from_it():
+    dense, gram = matrix(), gram_of(inputs())
+    pruned = sparsegpt.prune(dense, gram, Target(0.5))
+    alone = reselect(pruned[2:], dense[2:], gram)
+    uneven = torch.cat([dense[:1], torch.zeros(1, 24), pruned[2:]])
+    found = reselect(uneven, dense, gram)
+    assert torch.equal((found == 0).sum(1), (uneven == 0).sum(1))
+    assert torch.allclose(found[2:], alone, atol=1e-5) and not torch.equal(found[2:] == 0, pruned[2:] == 0)
+
+
 def test_reselecting_finds_the_best_of_all_masks_of_a_narrow_matrix():
     dense, gram = matrix(width=8), gram_of(inputs(width=8))
     hessian = damped(gram)

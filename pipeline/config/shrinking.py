@@ -8,6 +8,9 @@ from pydantic import Field, model_validator
 
 from pipeline.config.section import Section
 
+UNQUANTIZED = ("F32", "F16", "BF16")
+LONGEST_CONTEXT = 131_072  # GPT-2's new rows are 400 MB in fp32 then, and a text of that length is hours on a CPU
+
 
 class CalibrationConfig(Section):
     """The text that pruning, recovery and quantization measure the model on; never the hold-out."""
@@ -91,7 +94,10 @@ class ExportConfig(Section):
     """The F16 GGUF and its proof."""
 
     context: int = Field(
-        0, ge=0, description="Positions of the exported model, more than the base model's; 0: as many as it has."
+        0,
+        ge=0,
+        le=LONGEST_CONTEXT,
+        description="Positions of the exported model, more than the base model's; 0: as many as it has.",
     )
     context_steps: int = Field(0, ge=0, description="Steps of training on the positions that were added.")
 
@@ -119,6 +125,16 @@ class QuantizeConfig(Section):
     max_bytes: int = Field(
         0, ge=0, description="Choose tensor types by their measured effect so that the file fits; 0: the type's own."
     )
+
+    @model_validator(mode="after")
+    def one_mix(self) -> Self:
+        limited = [kind for kind in self.types if kind not in UNQUANTIZED]
+        if self.max_bytes and len(limited) > 1:
+            raise ValueError(
+                f"quantize.max_bytes chooses one mix of tensor types, but quantize.types names {', '.join(limited)}; "
+                "name one of them"
+            )
+        return self
 
 
 class FinishConfig(Section):
