@@ -220,7 +220,7 @@ def verdict(error: BaseException) -> tuple[int, str]:
         return fail(error)
     if isinstance(error, PermissionError):
         return fail(NotAllowed(f"{error.filename} cannot be opened or written: {error.strerror}"))
-    if machine := as_machine_error(error, getattr(error, "filename", None) or "writing"):
+    if machine := as_machine_error(error, getattr(error, "filename", None) or "by this process"):
         return fail(machine)
     click.echo(redact("".join(traceback.format_exception(error))), err=True)
     return 70, f"a bug of quotesmith, whose traceback is in the log: {type(error).__name__}: {error}"

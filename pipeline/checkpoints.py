@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pipeline import signals
 from pipeline.config import ResumeConfig
-from pipeline.disk import is_full
+from pipeline.disk import clear, is_full
 from pipeline.mirror import Mirror, tolerated
 from pipeline.sealed import clear_up, opened, seal
 from pipeline.storage.local import TEMPORARY, sync
@@ -115,7 +115,7 @@ class Checkpoints:
         temporary.mkdir(parents=True)
         write(temporary)
         sealed = seal(temporary, {"step": step, "made_with": libraries()})
-        shutil.rmtree(final, ignore_errors=True)  # a torn one that was passed over
+        clear(final)  # a torn one that was passed over
         temporary.rename(final)
         sync(self.folder)
         return sum(file.size for file in sealed.files.values())

@@ -1,22 +1,36 @@
-"""A disk that is full or fails, told from other errors whichever library met it."""
+"""What the machine is to blame for, its disk above all, told from other errors whichever library met it."""
 
 from __future__ import annotations
 
 import errno
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pipeline.errors import MachineError, QuotesmithError
+from pipeline.errors import MachineError, NotAllowed, QuotesmithError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-FAILING = (errno.EIO,)
+FULL_SAID = "the disk is full ({where}); free space and run again"
+FILES_SAID = "too many files are open ({where}); raise the limit (ulimit -n), or run again with fewer jobs beside it"
+SAID = {
+    **dict.fromkeys(FULL, FULL_SAID),
+    errno.EIO: "the disk failed ({where}): input/output error; check it, or run again on another machine",
+    errno.EROFS: "the disk is read-only now ({where}), as a failing one is made; check it, or run again elsewhere",
+    errno.ESTALE: "the network drive lost a file ({where}); check the drive and run again",
+    errno.ENOMEM: "memory ran out ({where}); run again with more memory",
+    errno.EAGAIN: "no process or thread can be started ({where}); raise the limit (ulimit -u, pids.max), run again",
+    errno.EMFILE: FILES_SAID,
+    errno.ENFILE: FILES_SAID,
+}
 LEAST_FREE_BYTES = 1 << 20  # with less than this left, what failed while writing failed for lack of disk
 IN_RUST = re.compile(r"\(os error (\d+)\)")  # safetensors and tokenizers have exceptions of their own
-# torch.save keeps no number: its own writing, what it checks afterwards, and C++'s closing of the file.
-IN_TORCH = ("PytorchStreamWriter failed", "unexpected pos", "iostream error")
+NO_NUMBER = {
+    # torch.save: its own writing, what it checks afterwards, and C++'s closing of the file
+    **dict.fromkeys(("PytorchStreamWriter failed", "unexpected pos", "iostream error"), errno.EIO),
+    "can't start new thread": errno.EAGAIN,
+}
 
 
 def number_of(error: BaseException) -> int | None:
@@ -25,7 +39,9 @@ def number_of(error: BaseException) -> int | None:
         return error.errno
     if found := IN_RUST.search(str(error)):
         return int(found[1])
-    return errno.EIO if any(sign in str(error) for sign in IN_TORCH) else None
+    if isinstance(error, MemoryError):
+        return errno.ENOMEM
+    return next((number for sign, number in NO_NUMBER.items() if sign in str(error)), None)
 
 
 def is_full(folder: Path, error: BaseException | None = None) -> bool:
@@ -34,22 +50,38 @@ def is_full(folder: Path, error: BaseException | None = None) -> bool:
 
 
 def as_machine_error(error: BaseException, where: object) -> MachineError | None:
-    """What to raise instead of `error`; None where it is not the disk's."""
-    number = number_of(error)
-    if number in FULL:
-        return MachineError(f"the disk is full ({where}); free space and run again")
-    if number in FAILING:
-        return MachineError(f"the disk failed ({where}): input/output error; check it, or run again on another machine")
-    return None
+    """What to raise instead of `error`; None where the machine is not to blame."""
+    said = SAID.get(number_of(error) or 0)
+    return MachineError(said.format(where=where)) if said else None
 
 
 @contextmanager
-def errors_translated(folder: Path) -> Iterator[None]:
+def errors_translated(folder: Path, needed: Collection[Path] = ()) -> Iterator[None]:
+    """Raises `MachineError` for what is to blame on the disk of `folder`, and for whatever fails while one of the
+    folders `needed`, as they are then, is gone."""
     try:
         yield
-    except QuotesmithError:
-        raise
     except Exception as e:
-        if error := as_machine_error(e, folder):
+        if gone := next((path for path in needed if not path.exists()), None):
+            raise MachineError(
+                f"{gone} was removed while the job needed it; run again, and let nothing clear the work folder"
+            ) from e
+        if not isinstance(e, QuotesmithError) and (error := as_machine_error(e, folder)):
             raise error from e
         raise
+
+
+def clear(path: Path) -> None:
+    """Makes way for a new folder at `path`: what is there goes, of a link only the link.
+
+    Raises `NotAllowed` for what cannot go.
+    """
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as e:
+        raise as_machine_error(e, path) or NotAllowed(
+            f"{path} is in the way and cannot be removed ({e.strerror}); remove it, or choose another work_dir"
+        ) from e

@@ -18,6 +18,7 @@ from pipeline.base_model import obtain
 from pipeline.calibrate import calibrate
 from pipeline.claim import Claim
 from pipeline.config import JobConfig
+from pipeline.disk import errors_translated
 from pipeline.evaluate import evaluate
 from pipeline.export import export
 from pipeline.extend import extend
@@ -85,15 +86,20 @@ def run(resolved: Resolved, *, retry_failed: bool = False) -> Outcome:
 
 
 def walk(resolved: Resolved, claim: Claim) -> Outcome:
+    """From settings to release; a folder of the work that is removed meanwhile is the machine's error."""
     cfg = resolved.config
     disable_progress_bar()  # one for every model that is loaded; the long steps have bars of their own
     set_verbosity_error()
     ground = preflight(cfg)
-    tools, device = ground
-    log.info("job: device %s (%s), llama.cpp %s, work_dir %s", *device, tools.version, cfg.work_dir)
+    log.info("job: device %s (%s), llama.cpp %s, work_dir %s", *ground.device, ground.tools.version, cfg.work_dir)
     claim.work_folder()
     stages = Stages(cfg.work_dir, cfg.resume)
+    with errors_translated(cfg.work_dir, stages.folders):
+        return released(resolved, claim, stages, ground)
 
+
+def released(resolved: Resolved, claim: Claim, stages: Stages, ground: Ground) -> Outcome:
+    cfg, tools = resolved.config, ground.tools
     refuse_foreign_files(cfg.output, plain_names(cfg))
     given = look_up(stages, cfg, tools.version)
     stages.belong_to(cfg.output, given.run_id, claim)

@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 from pipeline.artifacts import ReleasedFile
+from pipeline.disk import clear
 from pipeline.errors import DataError, InputMissing, QuotesmithError
 from pipeline.foreign_folder import check_foreign
 from pipeline.manifest import describe
@@ -70,7 +71,7 @@ class Mirror:
             (temporary / MARKER).write_bytes(data)
             for path in (temporary / MARKER, *[path for path in temporary.rglob("*") if path.is_dir()], temporary):
                 sync(path)
-            shutil.rmtree(to, ignore_errors=True)
+            clear(to)
             temporary.rename(to)
             sync(to.parent)
         except (ValueError, InputMissing, DataError) as e:

@@ -10,7 +10,6 @@ import hashlib
 import inspect
 import json
 import logging
-import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
@@ -25,7 +24,7 @@ from pipeline.artifacts import Facts
 from pipeline.checkpoints import Checkpoints
 from pipeline.config import ResumeConfig
 from pipeline.device import device_errors
-from pipeline.disk import errors_translated
+from pipeline.disk import clear, errors_translated
 from pipeline.meter import Meter
 from pipeline.mirror import Mirror, Owner, tolerated
 from pipeline.sealed import opened, seal
@@ -65,6 +64,7 @@ class Stages:
         self.mirror: Mirror | None = None
         self.needs: dict[str, int] = {}  # bytes on the disk, by stage
         self.used: list[str] = []
+        self.folders: list[Path] = []  # those of `used` that are there, and stay
         self.records: list[StageRecord] = []
         self.facts: dict[str, Facts] = {}  # stage to what its artifact says was measured
 
@@ -97,15 +97,20 @@ class Stages:
         self.used.append(place)
         if done := self._done(place, kind):
             artifact, record = done
+            self.folders.append(out)
             touch(out)
             log.info("%s: already done (%.1f s then), skipped", name, record.seconds)
         else:
             if self.owner:
                 self.owner.require_not_overtaken()
-            shutil.rmtree(out, ignore_errors=True)
+            clear(out)
             out.mkdir(parents=True)
+            self.folders.append(out)
             given = {"checkpoints": checkpoints} if "checkpoints" in inspect.signature(stage).parameters else {}
-            with errors_translated(out), signals.patient() if given and checkpoints.wanted else nullcontext():
+            with (
+                errors_translated(out, self.folders),
+                signals.patient() if given and checkpoints.wanted else nullcontext(),
+            ):
                 log.info("%s: started", name)
                 with Meter() as meter, device_errors(name):
                     artifact = stage(*inputs, **context, **given, out=out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import time
@@ -23,7 +24,7 @@ def check_work_dir(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
         writable = os.access(path, os.W_OK)
     except OSError as e:
-        if error := as_machine_error(e, path):
+        if e.errno != errno.EROFS and (error := as_machine_error(e, path)):  # mounted so, and not by a failure
             raise error from e
         kind = ConfigError if isinstance(e, FileExistsError | NotADirectoryError) else NotAllowed
         raise kind(f"work_dir {path} cannot be made ({e.strerror}); choose a folder that can be written") from e

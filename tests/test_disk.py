@@ -6,15 +6,18 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
-from pipeline.disk import as_machine_error, errors_translated
-from pipeline.errors import DataError, MachineError
+from pipeline.disk import as_machine_error, clear, errors_translated
+from pipeline.errors import CheckFailed, DataError, MachineError, NotAllowed
 
 FULL = Path("/dev/full")  # every write to it finds the disk full
 needs_full = pytest.mark.skipif(not FULL.exists(), reason="the system has no /dev/full")
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
-def test_a_full_or_failing_disk_is_the_machines_error(number, tmp_path):
+NUMBERS = ["ENOSPC", "EDQUOT", "EIO", "EROFS", "ESTALE", "ENOMEM", "EAGAIN", "EMFILE", "ENFILE"]
+
+
+@pytest.mark.parametrize("number", [getattr(errno, name) for name in NUMBERS])
+def test_what_the_machine_refuses_is_its_error(number, tmp_path):
     with pytest.raises(MachineError, match=str(tmp_path)) as caught, errors_translated(tmp_path):
         raise OSError(number, "what the system says")
     assert isinstance(caught.value.__cause__, OSError)
@@ -55,3 +58,32 @@ def test_what_is_not_the_disks_stays_what_it_is(error):
     with pytest.raises(type(error)) as caught, errors_translated(Path()):
         raise error
     assert caught.value is error
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't start new thread")])
+def test_what_python_has_no_number_for_is_the_machines_error_too(error):
+    assert as_machine_error(error, "here")
+
+
+@pytest.mark.parametrize("error", [CheckFailed("a tool failed"), DataError("no text"), FileNotFoundError(2, "none")])
+def test_whatever_fails_while_a_folder_is_gone_failed_for_that(error, tmp_path):
+    needed = [tmp_path, tmp_path / "gone"]
+    with pytest.raises(MachineError, match=r"/gone was removed .*; run again"), errors_translated(tmp_path, needed):
+        raise error
+
+
+def test_whatever_is_in_a_folders_way_goes_of_a_link_only_the_link(tmp_path):
+    (tmp_path / "full" / "inner").mkdir(parents=True)
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to(tmp_path / "full")
+    for name in ("file", "link", "nothing"):
+        clear(tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["full"] and (tmp_path / "full" / "inner").exists()
+    clear(tmp_path / "full")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_go_is_named(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(NotAllowed, match=r"file/x is in the way and cannot be removed \(Not a directory\)"):
+        clear(tmp_path / "file" / "x")

@@ -2,13 +2,23 @@
 
 import json
 import os
+import shutil
 
 import gguf
 import jsonschema
 import pytest
 
 from pipeline import job, metrics, publish, report
-from pipeline.errors import CheckFailed, ConfigError, DataError, InputMissing, QuotesmithError, TargetTaken, TryLater
+from pipeline.errors import (
+    CheckFailed,
+    ConfigError,
+    DataError,
+    InputMissing,
+    MachineError,
+    QuotesmithError,
+    TargetTaken,
+    TryLater,
+)
 from pipeline.lease import Lease, lease_name
 from pipeline.settings import resolve
 from pipeline.storage import open_store
@@ -220,6 +230,21 @@ def test_a_run_that_was_taken_over_publishes_nothing(done, toy_gpt2, tmp_path, m
     with pytest.raises(TryLater, match="nothing of this run is published from here"):
         job.run(toy_job(toy_gpt2, bucket, work, output=str(tmp_path / "out")))
     assert not list((tmp_path / "out").rglob("MANIFEST.json"))
+
+
+def test_a_work_folder_that_is_deleted_before_the_release_is_the_machines_error(done, toy_gpt2, tmp_path, monkeypatch):
+    bucket, work = done
+    shutil.copytree(work, tmp_path / "work")
+    laid_out = job.lay_out
+
+    def deleted(*given):
+        shutil.rmtree(tmp_path / "work")
+        return laid_out(*given)
+
+    monkeypatch.setattr(job, "lay_out", deleted)
+    with pytest.raises(MachineError, match="was removed while the job needed it"):
+        job.run(toy_job(toy_gpt2, bucket, tmp_path / "work", output=str(tmp_path / "out")))
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
 
 
 def test_a_run_that_failed_for_good_fails_at_once_until_it_is_to_be_tried_again(toy_gpt2, llama_cpp, tmp_path):

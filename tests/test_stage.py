@@ -1,3 +1,4 @@
+import shutil
 import signal
 import threading
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from pipeline.artifacts import Checkpoint, sha256_of
 from pipeline.checkpoints import Checkpoints, step_of
 from pipeline.claim import Claim
 from pipeline.config import ResumeConfig, SparsityConfig
-from pipeline.errors import ServiceUnavailable, TryLater
+from pipeline.errors import CheckFailed, MachineError, ServiceUnavailable, TryLater
 from pipeline.lease import Lease
 from pipeline.sealed import MARKER
 from pipeline.settings import resolve
@@ -101,6 +102,33 @@ def test_a_stage_that_fails_leaves_no_marker(given, tmp_path):
     with pytest.raises(OSError):
         Stages(tmp_path).run(breaks, given[0])
     assert not list(tmp_path.rglob(MARKER))
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError(2, "no such file"), CheckFailed("a tool failed")])
+def test_a_work_folder_that_is_deleted_meanwhile_is_the_machines_error(error, given, tmp_path):
+    def breaks(checkpoint: Checkpoint, *, out: Path) -> Checkpoint:
+        shutil.rmtree(tmp_path / "work")
+        out.mkdir(parents=True)  # as libraries do that write
+        raise error
+
+    stages = Stages(tmp_path / "work")
+    stages.run(copy, *given, seed=1)
+    with pytest.raises(MachineError, match=r"work/copy/\w+ was removed while the job needed it; run again"):
+        stages.run(breaks, given[0])
+
+
+@pytest.mark.parametrize("what", ["file", "link", "dead link"])
+def test_what_is_no_folder_makes_way_for_a_stages(what, given, tmp_path):
+    out = Stages(tmp_path / "work").run(copy, *given, seed=1).path
+    shutil.rmtree(out)
+    if what == "file":
+        out.write_text("x")
+    else:
+        out.symlink_to(tmp_path / "elsewhere")
+    if what == "link":
+        (tmp_path / "elsewhere").mkdir()
+    Stages(tmp_path / "work").run(copy, *given, seed=1)
+    assert ran == [1, 1] and (out / "model.bin").exists() and not out.is_symlink()
 
 
 def test_a_gpu_that_fails_within_a_stage_is_worth_a_retry(given, tmp_path):
