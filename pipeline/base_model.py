@@ -60,8 +60,8 @@ OFFLINE = (
 def obtain(cfg: ModelConfig, *, out: Path) -> Checkpoint:
     """The base model in `out`, checked to be a causal language model with an end token.
 
-    Raises `InputMissing` (no such path, repository or commit), `ConfigError` (not a causal language model, no
-    safetensors), `DataError` (torn weights), `NotAllowed` (gated), `ServiceUnavailable` (no hub).
+    Raises `InputMissing` (no such path or commit), `ConfigError` (not a causal language model, no safetensors),
+    `DataError` (torn weights), `NotAllowed` (gated, or no repository that can be seen), `ServiceUnavailable` (no hub).
     """
     path = on_disk(cfg) or download(cfg.base, commit_of(cfg))
     model, tokenizer = model_from_gguf(path) if path.is_file() else load(path, cfg.base)
@@ -133,9 +133,8 @@ def hub_errors(repo: str, commit: str) -> Iterator[None]:
             f"model.base {repo} is gated; accept its terms on the hub and set HF_TOKEN, or choose another model"
         ) from e
     except RepositoryNotFoundError as e:
-        raise InputMissing(
-            f"model.base {repo} is neither on disk nor on the hub (or it is private: set HF_TOKEN)"
-        ) from e
+        # not InputMissing: that is kept for good, and would refuse who sets a token
+        raise NotAllowed(f"model.base {repo} is neither on disk nor on the hub (or it is private: set HF_TOKEN)") from e
     except RevisionNotFoundError as e:
         raise InputMissing(f"the hub has {repo}, but not its commit {commit}; correct model.revision") from e
     except HFValidationError as e:

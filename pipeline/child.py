@@ -16,7 +16,24 @@ from pipeline.disk import is_full
 from pipeline.errors import CheckFailed, MachineError, TryLater
 from pipeline.meter import saw_tool
 
-IO_ERRORS = ("Input/output error", "iostream error")  # the second is all that a C++ program hears of any of them
+A_DISK = "because a disk did (input/output error); check it, or run again elsewhere"
+NO_MEMORY = "for lack of memory; run again with more memory"
+READ_ONLY = "because a disk is read-only now, as a failing one is made; check it, or run again elsewhere"
+NO_THREAD = "because no thread or process could be started; raise the limit (ulimit -u, pids.max), run again"
+MACHINE = {  # what a program says when it is not the one to blame
+    "Input/output error": A_DISK,
+    "iostream error": A_DISK,  # all that a C++ program hears of any error of a disk
+    "Read-only file system": READ_ONLY,
+    # Python; C++; the system; ggml
+    **dict.fromkeys(("MemoryError", "bad_alloc", "Cannot allocate memory"), NO_MEMORY),
+    **dict.fromkeys(("insufficient memory", "failed to allocate", "unable to allocate"), NO_MEMORY),
+    **dict.fromkeys(("can't start new thread", "Resource temporarily unavailable"), NO_THREAD),
+    "Too many open files": "because too many files are open; raise the limit (ulimit -n), run again",
+}
+ENDED = {  # by the system
+    signal.SIGKILL: "was killed, probably for lack of memory; run again with more memory",
+    signal.SIGBUS: "was ended by SIGBUS: a disk or memory could not give a page of a file; run again, or elsewhere",
+}
 
 WATCH_SECONDS = 0.02
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # somebody's wish, no fault of the program
@@ -105,7 +122,8 @@ def end(process: Process) -> None:
     groups.running.discard(process.pid)
     for pipe in (process.stdin, process.stdout):
         if pipe:
-            pipe.close()
+            with suppress(BrokenPipeError):  # what it was still to read
+                pipe.close()
 
 
 def require_success(process: Process, stderr: IO[bytes], writes_in: Path | None = None) -> None:
@@ -116,10 +134,10 @@ def require_success(process: Process, stderr: IO[bytes], writes_in: Path | None 
     name = " ".join(Path(part).name for part in command[:2]) if "python" in str(command[0]) else Path(command[0]).name
     if "No space left" in said or (writes_in and is_full(writes_in)):
         raise MachineError(f"{name} failed because the disk of {writes_in} is full; free some space and run again")
-    if any(sign in said for sign in IO_ERRORS):
-        raise MachineError(f"{name} failed because a disk did (input/output error); check it, or run again elsewhere")
-    if process.returncode == -signal.SIGKILL:
-        raise MachineError(f"{name} was killed, probably for lack of memory; run again with more memory")
+    if why := next((why for sign, why in MACHINE.items() if sign in said), None):
+        raise MachineError(f"{name} failed {why}")
+    if why := ENDED.get(-process.returncode):
+        raise MachineError(f"{name} {why}")
     if -process.returncode in STOPS:
         raise TryLater(f"{name} was stopped by {signal.Signals(-process.returncode).name}; run again")
     raise CheckFailed(f"{name} failed with exit code {process.returncode}; its last line: {last}")

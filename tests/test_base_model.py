@@ -275,7 +275,7 @@ def test_a_hub_model_is_fetched_once_and_then_needs_no_network(hub, folder, out,
 @pytest.mark.parametrize(
     ("status", "code", "error", "found"),
     [
-        (404, "RepoNotFound", InputMissing, "neither on disk nor on the hub"),
+        (404, "RepoNotFound", NotAllowed, "neither on disk nor on the hub"),
         (404, "RevisionNotFound", InputMissing, f"not its commit {SHA}"),
         (403, "GatedRepo", NotAllowed, "gated"),
         (403, "", NotAllowed, "answered 403"),

@@ -1,4 +1,5 @@
 import signal
+import subprocess
 import sys
 import time
 
@@ -34,6 +35,32 @@ def test_a_full_disk_is_the_machines_fault(tmp_path):
 def test_a_failing_disk_is_the_machines_fault(said):
     with pytest.raises(MachineError, match="a disk did"):
         child.run(python(f"raise SystemExit({said!r})"))
+
+
+@pytest.mark.parametrize(
+    ("code", "why"),
+    [
+        ("raise MemoryError", "memory"),
+        ("import os; print('  what():  std::bad_alloc', file=sys.stderr, flush=True); os.abort()", "memory"),
+        ("raise OSError(12, 'Cannot allocate memory')", "memory"),
+        ("raise OSError(30, 'Read-only file system')", "read-only"),
+        ("raise OSError(24, 'Too many open files')", "open"),
+        ('raise RuntimeError("can\'t start new thread")', "no thread"),
+        ("import os; os.kill(os.getpid(), 7)", "SIGBUS"),
+    ],
+)
+def test_a_fault_that_passes_is_the_machines_and_no_failed_check(code, why):
+    with pytest.raises(MachineError, match=why):
+        child.run(python(f"import sys; {code}"))
+
+
+def test_what_a_killed_program_was_still_to_read_hides_no_error():
+    with (
+        pytest.raises(ZeroDivisionError),
+        child.started(python("import time; time.sleep(600)"), stdin=subprocess.PIPE, stdout=-1) as (process, _),
+    ):
+        process.stdin.write(b"x")  # kept in its buffer: written as the pipe is closed
+        raise ZeroDivisionError
 
 
 def test_a_killed_program_is_the_machines_fault():
