@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from pipeline import signals
+from pipeline import signals, terminal
 
 if __name__ == "__main__":
+    terminal.open_closed()
     signals.handle()  # before the imports below: they take a quarter of a second
 
 import io
@@ -28,6 +29,7 @@ from pipeline.render import PLATFORMS, Request, job_of
 from pipeline.render import render as rendered
 from pipeline.settings import Resolved, as_table, resolve
 from pipeline.signals import Stopped
+from pipeline.terminal import give, say
 
 log = logging.getLogger("quotesmith")
 
@@ -72,7 +74,7 @@ def run(context: click.Context, config_file: str | None, retry_failed: bool) -> 
 
     with signals.unwinding():
         outcome = job.run(resolved, retry_failed=retry_failed)
-    click.echo(report.of_run(outcome))
+    say(redact(report.of_run(outcome)))
 
 
 @cli.command()
@@ -84,10 +86,10 @@ def plan(context: click.Context, config_file: str | None) -> None:
     from pipeline import plan as planning
     from pipeline import report
 
-    click.echo(report.of_settings(as_table(resolved)))
+    give(report.of_settings(as_table(resolved)))
     with signals.unwinding():
         planned = planning.plan(resolved)
-    click.echo(report.of_plan(planned))
+    give(redact(report.of_plan(planned)))
 
 
 @cli.command()
@@ -99,7 +101,7 @@ def config(context: click.Context, config_file: str | None, as_json: bool) -> No
     table = as_table(settled(context, config_file))
     from pipeline import report
 
-    click.echo(json.dumps(table, indent=1) if as_json else report.of_settings(table))
+    give(json.dumps(table, indent=1) if as_json else report.of_settings(table))
 
 
 @cli.command("self-test")
@@ -116,9 +118,9 @@ def self_test(context: click.Context, config_file: str | None) -> None:
     for checks in (test.quick(cfg, door.platform, driver, os.environ, door.root), test.thorough(cfg, driver)):
         for part in checks:
             parts.append(part)
-            click.echo("\n".join(part.lines()))
+            say("\n".join(part.lines()))
         test.require_usable(parts)
-    click.echo("a job can run here")
+    say("a job can run here")
 
 
 @cli.command()
@@ -129,7 +131,7 @@ def self_test(context: click.Context, config_file: str | None) -> None:
 def render(context: click.Context, /, platform: str, config_file: str | None, **request: Any) -> None:
     """Print a complete job with these settings for another platform to run."""
     resolved = resolve(context.ensure_object(Door).flags, os.environ, config_file)
-    click.echo(rendered(platform, job_of(resolved, Request(**request))), nl=False)
+    give(rendered(platform, job_of(resolved, Request(**request))).removesuffix("\n"))
 
 
 @cli.command()
@@ -152,7 +154,7 @@ def generate(gguf: str, prompt: str, count: int, seed: int, llama_cpp: str, **sa
     check_from_outside(path)
     tools = engine.find(llama_cpp)
     for number in range(seed, seed + count):
-        click.echo(prompt + engine.generate(tools, path, prompt, seed=number, **chosen.sampling).text)
+        give(prompt + engine.generate(tools, path, prompt, seed=number, **chosen.sampling).text)
 
 
 @cli.command()
@@ -165,8 +167,8 @@ def verify(uri: str) -> None:
     with signals.unwinding():
         checked = publish.verify(uri)
     for name in checked:
-        click.echo(f"ok  {name}")
-    click.echo(f"{len(checked)} objects are as the manifest says")
+        say(f"ok  {name}")
+    say(f"{len(checked)} objects are as the manifest says")
 
 
 cli.add_command(run, "train")  # SageMaker starts an image with the one argument `train`
@@ -174,6 +176,7 @@ cli.add_command(run, "train")  # SageMaker starts an image with the one argument
 
 def main(root: Path = Path("/")) -> None:
     """Run the command line; end with the exit code of `pipeline/errors.py`, and a traceback only for our bugs."""
+    terminal.open_closed()
     signals.handle()
     prepare_environment()
     platform = platforms.find(os.environ, root)
@@ -193,28 +196,31 @@ def prepare_environment() -> None:
 def exit_code_of(command: Any, platform: Platform | None = None) -> int:
     try:
         return int(command() or 0)
-    except SystemExit:
-        raise
+    except SystemExit as e:
+        if not isinstance(e.__context__, BrokenPipeError):  # click ends with 1 for any, taking it for stdout's
+            raise
+        error: BaseException = e.__context__
     except BaseException as e:
-        code, sentence = verdict(e)
-        if platform and code:
-            platforms.report(platform, one_sentence(sentence))
-        return code
+        error = e
+    code, sentence = verdict(error)
+    if platform and code:
+        platforms.report(platform, one_sentence(sentence))
+    return code
 
 
 def verdict(error: BaseException) -> tuple[int, str]:
-    """The exit code for an error that is being handled, and why in a sentence, which stderr has now."""
+    """The exit code for an error, and why in a sentence, which stderr has now."""
     stop = signals.state.received  # whatever it became on its way up
     if stop or isinstance(error, KeyboardInterrupt | click.Abort | Stopped):
         stop = stop or (SIGTERM if isinstance(error, Stopped) else SIGINT)
-        click.echo(signals.sentence(stop), err=True)
+        say(signals.sentence(stop), err=True)
         return 128 + stop, signals.sentence(stop)
     if isinstance(error, click.exceptions.Exit):
         return error.exit_code, ""
     if isinstance(error, click.ClickException):
         said = io.StringIO()
         error.show(said)
-        click.echo(redact(said.getvalue()), err=True, nl=False)
+        say(redact(said.getvalue().removesuffix("\n")), err=True)
         return error.exit_code, error.format_message()
     if isinstance(error, QuotesmithError):
         return fail(error)
@@ -222,7 +228,7 @@ def verdict(error: BaseException) -> tuple[int, str]:
         return fail(NotAllowed(f"{error.filename} cannot be opened or written: {error.strerror}"))
     if machine := as_machine_error(error, getattr(error, "filename", None) or "by this process"):
         return fail(machine)
-    click.echo(redact("".join(traceback.format_exception(error))), err=True)
+    say(redact("".join(traceback.format_exception(error))), err=True)
     return 70, f"a bug of quotesmith, whose traceback is in the log: {type(error).__name__}: {error}"
 
 
@@ -231,7 +237,7 @@ def fail(error: QuotesmithError) -> tuple[int, str]:
     if logs.as_json():
         log.error("error: %s", error)
     else:
-        click.echo(f"error: {redact(str(error))}", err=True)
+        say(f"error: {redact(str(error))}", err=True)
     return error.exit_code, str(error)
 
 

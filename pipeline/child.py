@@ -30,7 +30,7 @@ MACHINE = {  # what a program says when it is not the one to blame
     **dict.fromkeys(("can't start new thread", "Resource temporarily unavailable"), NO_THREAD),
     "Too many open files": "because too many files are open; raise the limit (ulimit -n), run again",
 }
-ENDED = {  # by the system
+ENDED: dict[int, str] = {  # by the system
     signal.SIGKILL: "was killed, probably for lack of memory; run again with more memory",
     signal.SIGBUS: "was ended by SIGBUS: a disk or memory could not give a page of a file; run again, or elsewhere",
 }

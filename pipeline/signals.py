@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from pipeline import groups
+from pipeline import groups, terminal
 
 STOPS = (signal.SIGTERM, signal.SIGINT)
 KEPT = "a run keeps its finished stages and its checkpoints, and the same command goes on after them"
@@ -192,9 +192,7 @@ def sentence(number: signal.Signals) -> str:
 def leave(code: int) -> NoReturn:
     """End the process with `code`, also if a signal comes meanwhile or a library hangs after one."""
     state.exit_code = code
+    terminal.flush()
     if state.received:
-        for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError, ValueError):
-                stream.flush()
         os._exit(code)
     sys.exit(code)
