@@ -214,7 +214,7 @@ def verdict(error: BaseException) -> tuple[int, str]:
     if stop or isinstance(error, KeyboardInterrupt | click.Abort | Stopped):
         stop = stop or (SIGTERM if isinstance(error, Stopped) else SIGINT)
         say(signals.sentence(stop), err=True)
-        return 128 + stop, signals.sentence(stop)
+        return signals.code_of(stop), signals.sentence(stop)
     if isinstance(error, click.exceptions.Exit):
         return error.exit_code, ""
     if isinstance(error, click.ClickException):

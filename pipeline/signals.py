@@ -1,5 +1,6 @@
-"""SIGTERM and SIGINT: the work saves itself where it is `patient`, then unwinds. Whatever hangs in that, the process
-ends with 143 or 130 before the grace period is over, and at a second signal at once; its children die with it.
+"""SIGTERM, SIGHUP and SIGINT: the work saves itself where it is `patient`, then unwinds. Whatever hangs in that, the
+process ends with 143, for SIGINT with 130, before the grace period is over, and at a second signal at once; its
+children die with it.
 
 Imports nothing that takes time: until `handle` has run, SIGTERM kills without a word, or does nothing to process 1.
 """
@@ -21,18 +22,19 @@ from typing import NoReturn
 
 from pipeline import groups, terminal
 
-STOPS = (signal.SIGTERM, signal.SIGINT)
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 KEPT = "a run keeps its finished stages and its checkpoints, and the same command goes on after them"
 USABLE = 0.9  # of the grace period; then it ends hard, before the platform does that with another code
 SAVING = 0.7  # of the grace period, for what is to be saved; the rest is for unwinding, which gives the lease back
 
 
 class Stopped(BaseException):
-    """SIGTERM, on its way up through the job; SIGINT is a KeyboardInterrupt."""
+    """SIGTERM or SIGHUP, on its way up through the job; SIGINT is a KeyboardInterrupt."""
 
 
 class State:
     grace_seconds = 10.0
+    stops: tuple[signal.Signals, ...] = STOPS
     received: signal.Signals | None = None
     unwinds = False  # there is something to save or to clean up
     waits = False  # what runs must not be torn
@@ -56,7 +58,9 @@ def handle() -> None:
     # A thread hears of a signal at once, also while the main thread is in a long call and runs no handler.
     threading.Thread(target=watch, args=(reader,), name="signals", daemon=True).start()
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    for number in STOPS:
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # by nohup: then it stays so, also in what is forked
+        state.stops = (signal.SIGTERM, signal.SIGINT)
+    for number in state.stops:
         signal.signal(number, on_signal)  # SIGINT is ignored where a shell started this with &
     signal.signal(signal.SIGALRM, on_alarm)
     atexit.register(ignore)  # called last, being the first
@@ -65,14 +69,14 @@ def handle() -> None:
 
 def ignore() -> None:
     """For the interpreter's own end, where it would put back the handlers that kill, and the code is decided."""
-    for number in STOPS:
+    for number in state.stops:
         signal.signal(number, signal.SIG_IGN)
 
 
 def forget() -> None:
     """A forked child shares the pipe: its signals must not be taken for the parent's, not even the first moment's."""
     signal.set_wakeup_fd(-1)
-    for number in STOPS:
+    for number in state.stops:
         signal.signal(number, signal.SIG_DFL)
     let_go()
 
@@ -131,6 +135,8 @@ def is_stopping() -> bool:
 
 def on_signal(number: int, frame: FrameType | None) -> None:
     """Where nothing unwinds, and at a second signal, the thread ends the process within milliseconds."""
+    if number == signal.SIGHUP:
+        terminal.give_up()
     if state.unwinds and not state.received:
         state.received = signal.Signals(number)
         if state.saves:
@@ -182,7 +188,12 @@ def end(number: signal.Signals) -> NoReturn:
     with suppress(OSError):
         if select.select([], [2], [], 0)[1]:  # a log that nobody reads any more would hold the end up
             os.write(2, said)
-    os._exit(128 + (state.received or number))
+    os._exit(code_of(state.received or number))
+
+
+def code_of(number: signal.Signals) -> int:
+    """A terminal or connection that is gone asks for the same as SIGTERM."""
+    return 128 + (signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
 
 
 def sentence(number: signal.Signals) -> str:

@@ -20,6 +20,15 @@ def open_closed() -> None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115  (for as long as the process lives)
 
 
+def give_up() -> None:
+    """A terminal that is gone refuses whatever is written, a progress bar too; from now on that leads nowhere."""
+    for descriptor in (1, 2):
+        try:
+            os.write(descriptor, b"")
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+
+
 def say(text: str, *, err: bool = False) -> None:
     """For people, beside the work: that they cannot be told changes nothing."""
     with suppress(OSError, ValueError):

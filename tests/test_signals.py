@@ -1,13 +1,16 @@
 """Stopping a process, as docker stop, Kubernetes and Ctrl-C do: scripts that do one thing each, the command line at
 many moments, then whole runs."""
 
+import fcntl
 import os
+import pty
 import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 from pathlib import Path
@@ -22,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.fault(
     "processes and whole runs", "SIGTERM, SIGINT, SIGKILL", "the promised exit code, nothing left running"
 )
-STOPS = [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
+STOPS = [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 143)]
 HEAD = """
 import hashlib, os, signal, subprocess, sys, threading, time
 from pipeline import child, groups, signals
@@ -78,6 +81,36 @@ def test_a_first_signal_unwinds_the_work_and_says_so_once(number, code, script):
     returned, out, err, _ = stopped(script(UNWINDS), number)
     assert (returned, out) == (code, "cleaned up\n")
     assert err.count("stopped by") == 1 and number.name in err
+
+
+def test_under_nohup_a_lost_terminal_stops_neither_the_work_nor_its_programs(script):
+    ignores = """
+def work():
+    with signals.unwinding():
+        say("ready"); time.sleep(0.5)
+        with child.started(["sh", "-c", "kill -HUP $$; echo alive"], stdout=subprocess.PIPE) as (process, _):
+            say(process.stdout.read().decode().strip())
+signals.leave(work() or 0)
+"""
+    returned, out, _, _ = stopped(script(ignores, "nohup"), signal.SIGHUP)
+    assert (returned, out) == (0, "alive\n")
+
+
+def test_work_saves_itself_when_its_terminal_is_gone_and_refuses_what_a_bar_writes(tmp_path):
+    saves = SAVES["where it can"].replace("say('saved')", "sys.stderr.write('bar'); sys.stderr.flush(); save()")
+    code = HEAD + f"save = lambda: open({str(tmp_path / 'saved')!r}, 'w').close()\n" + PATIENT.replace("WORK", saves)
+    leader, terminal = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", code.replace('say("cleaned up")', "pass")],
+        **dict.fromkeys(("stdin", "stdout", "stderr"), terminal),
+        cwd=ROOT,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY),
+    )
+    os.close(terminal)
+    assert os.read(leader, 100).startswith(b"ready")
+    os.close(leader)
+    assert process.wait(30) == 143 and (tmp_path / "saved").exists()
 
 
 @pytest.mark.parametrize(("number", "code"), STOPS)
