@@ -31,6 +31,7 @@ from pipeline.preflight import Ground, check_model, preflight
 from pipeline.publish import complete, find_release, is_latest, read_metrics, refuse_foreign_files
 from pipeline.quantize import quantize
 from pipeline.recover import recover
+from pipeline.redact import redacted
 from pipeline.rejection import Rejected, place_of, publish_judged, refuse_rejected
 from pipeline.room import check_room, needs_of
 from pipeline.settings import Resolved
@@ -193,10 +194,10 @@ def gather(resolved: Resolved, given: Given, made: Made, stages: Stages, llama_c
             "settings": settings.as_table(resolved),
             "data": {
                 "quotes": given.corpus.quotes,
-                "sources": [asdict(source) for source in given.corpus.sources],
+                "sources": [redacted(asdict(source)) for source in given.corpus.sources],
                 "tokens": made.tokens.facts,
             },
-            "stages": metrics.stage_figures(stages.records, stages.facts),
+            "stages": redacted(metrics.stage_figures(stages.records, stages.facts)),
             "ledger": found["ledger"],
             "nf4": found["nf4"],
             "ggufs": ggufs,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from typing import Any
 from urllib.parse import quote
 
 HIDDEN = "[secret]"
@@ -49,6 +50,15 @@ def redact(text: str) -> str:
     for shape in SHAPES:
         text = shape.sub(rf"\g<1>{HIDDEN}", text)
     return text
+
+
+def redacted(value: Any) -> Any:
+    """`value` as JSON has it, every text in it without secrets."""
+    if isinstance(value, dict):
+        return {key: redacted(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [redacted(item) for item in value]
+    return redact(value) if isinstance(value, str) else value
 
 
 def one_sentence(text: str) -> str:

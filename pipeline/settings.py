@@ -22,6 +22,7 @@ from pydantic.fields import FieldInfo
 from pipeline.config import JobConfig
 from pipeline.errors import ConfigError
 from pipeline.platforms import Platform, Values
+from pipeline.redact import redact, redacted
 
 ENV_PREFIX = "QUOTESMITH_"
 CONFIG_ENV = "QUOTESMITH_CONFIG"
@@ -237,12 +238,12 @@ def value_of(config: BaseModel, key: str) -> Any:
 
 
 def as_table(resolved: Resolved) -> list[dict[str, Any]]:
-    """Every setting with value, origin and meaning: for `config`, `plan` and metrics.json."""
+    """Every setting with value, origin and meaning, without secrets: for `config`, `plan` and metrics.json."""
     return [
         {
             "key": setting.key,
-            "value": value_of(resolved.config, setting.key),
-            "origin": resolved.origins[setting.key],
+            "value": redacted(value_of(resolved.config, setting.key)),
+            "origin": redact(resolved.origins[setting.key]),
             "meaning": setting.meaning,
         }
         for setting in all_settings()

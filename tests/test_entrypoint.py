@@ -46,6 +46,14 @@ def test_config_prints_values_and_where_they_come_from():
     assert rows["seed"]["origin"] == "default"
 
 
+@pytest.mark.parametrize("more", [["--json"], []])
+def test_config_prints_no_secret_of_a_setting(more):
+    signed, keyed = "https://bucket/quotes.txt?X-Amz-Signature=s3cr3tV4lue", "s3://KEY:s3cr3tV4lue@bucket/x"
+    done = command("config", *more, "--input", signed, "--tensorboard", keyed)
+    assert done.returncode == 0 and "s3cr3tV4lue" not in done.stdout
+    assert "X-Amz-Signature=[secret]" in done.stdout and "s3://[secret]bucket/x" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("args", "env", "code", "sentence"),
     [

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import gguf
 import jsonschema
@@ -29,6 +30,10 @@ QUOTES = {
 }
 
 
+SECRET = "s3cr3tV4lue"
+SIGNED = f"trump-quotes.txt?X-Amz-Date=1&X-Amz-Signature={SECRET}"  # as wget calls what it has fetched
+
+
 def write_bucket(uri, quotes, folder):
     store = open_store(uri)
     for name, lines in quotes.items():
@@ -41,6 +46,7 @@ def toy_job(toy_gpt2, uri, work, **more):
         "input": [f"{uri}/in/"],
         "output": f"{uri}/out",
         "work_dir": str(work),
+        "data.files": "kanye-quotes.txt,trump-quotes.txt*",
         "model.base": str(toy_gpt2),
         "train.max_steps": "2",
         "calibration.generated": "8",
@@ -112,9 +118,17 @@ def done(toy_gpt2, llama_cpp, tmp_path_factory):
     """(bucket, work folder) of a finished job; other jobs may go on from its stages."""
     folder = tmp_path_factory.mktemp("done")
     bucket = str(folder / "bucket")
-    write_bucket(f"{bucket}/in", QUOTES, folder)
-    job.run(toy_job(toy_gpt2, bucket, folder / "work"))
+    signed = {"kanye-quotes.txt": QUOTES["kanye-quotes.txt"], SIGNED: QUOTES["trump-quotes.txt"]}
+    write_bucket(f"{bucket}/in", signed, folder)
+    job.run(toy_job(toy_gpt2, bucket, folder / "work", tensorboard=f"{folder}/logs?X-Amz-Signature={SECRET}"))
     return bucket, folder / "work"
+
+
+def test_no_secret_in_a_files_name_or_a_setting_is_published(done):
+    bucket, _ = done
+    files = [path for path in Path(bucket, "out").rglob("*") if path.is_file()]
+    assert not [path for path in files if SECRET.encode() in path.read_bytes()]
+    assert [path for path in files if b"Signature=[secret]" in path.read_bytes()]
 
 
 def test_a_second_run_skips_what_is_done(done, toy_gpt2, tmp_path):

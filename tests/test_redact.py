@@ -11,7 +11,7 @@ import pytest
 import entrypoint
 from pipeline import logs
 from pipeline.errors import ServiceUnavailable
-from pipeline.redact import HIDDEN, redact
+from pipeline.redact import HIDDEN, redact, redacted
 
 SECRET = "s3cr3tV4lue/with+signs=="
 JWT = "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.c2lnbmF0dXJl"
@@ -145,3 +145,8 @@ def test_no_last_word_of_the_job_holds_a_secret(
     assert entrypoint.exit_code_of(command) == code
     said = capsys.readouterr().err
     assert HIDDEN in said and "s3cr3tV4lue" not in said
+
+
+def test_every_text_within_is_redacted() -> None:
+    found = redacted({"a": [{"b": "s3://key:s3cr3tV4lue@bucket/x"}, 1, None], "c": True})
+    assert found == {"a": [{"b": f"s3://{HIDDEN}bucket/x"}, 1, None], "c": True}
