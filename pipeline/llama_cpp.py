@@ -21,7 +21,8 @@ from typing import IO, NoReturn
 import numpy as np
 
 from pipeline import child
-from pipeline.errors import CheckFailed, ConfigError
+from pipeline.disk import as_machine_error
+from pipeline.errors import CheckFailed, ConfigError, MachineError
 
 PROGRAMS = ("llama-quantize", "llama-bench", "llama-probe")
 CONVERTER = Path("convert", "convert_hf_to_gguf.py")
@@ -78,16 +79,22 @@ def find(folder: str = "") -> LlamaCpp:
 
 
 def require_programs_start(tools: LlamaCpp) -> None:
-    """Raises `ConfigError` for a program that this machine cannot run, or that lacks a library."""
+    """Raises `ConfigError` for a program that this machine cannot run, or that lacks a library; `MachineError` for one
+    that gets no time or memory."""
     for name in PROGRAMS:
         try:
             with child.started([tools.program(name), "--help"], stdout=subprocess.DEVNULL) as (process, stderr):
                 code = process.wait(START_SECONDS)
                 said = child.last_line(stderr)
         except OSError as e:
+            if error := as_machine_error(e, tools.program(name)):
+                raise error from e
             raise ConfigError(f"{tools.program(name)} does not start ({e.strerror}); {REBUILD}") from e
         except subprocess.TimeoutExpired as e:
-            raise ConfigError(f"{tools.program(name)} does not answer within {START_SECONDS} s; {REBUILD}") from e
+            raise MachineError(
+                f"{tools.program(name)} does not answer within {START_SECONDS} s; run again when the machine is less "
+                f"busy, or {REBUILD}"
+            ) from e
         if code == -signal.SIGILL:
             raise ConfigError(
                 f"this CPU lacks instructions (AVX2) that {tools.program(name)} needs; take a newer machine"

@@ -21,6 +21,7 @@ from pipeline.matrices import block_matrices, weight_of
 from pipeline.positions import LEARNED, require_extendable
 from pipeline.quant_types import check_types
 from pipeline.sparsify import check_method, check_pattern
+from pipeline.stage import place_of_copies
 from pipeline.storage import open_store
 from pipeline.work_folder import check_work_dir
 
@@ -40,7 +41,10 @@ def preflight(cfg: JobConfig) -> Ground:
     choose_precision(cfg.train.precision, device.name)
     check_work_dir(cfg.work_dir)
     tools = llama_cpp.find(cfg.llama_cpp)
-    open_store(cfg.output).probe()
+    llama_cpp.require_programs_start(tools)
+    places = {cfg.output, place_of_copies(cfg.resume, cfg.output) or cfg.output}
+    for place in sorted(places):
+        open_store(place).probe()
     if cfg.tensorboard:
         open_store(cfg.tensorboard)  # its scheme is known
     return Ground(tools, device)

@@ -17,6 +17,7 @@ from pipeline.errors import ConfigError, MachineError
 from pipeline.memory import RUNTIME_BYTES, memory_available
 from pipeline.storage import scheme_of
 from pipeline.storage.local import local_path
+from pipeline.work_cache import others
 
 log = logging.getLogger(__name__)
 
@@ -26,15 +27,16 @@ LARGEST_QUANT = 8.5 / 32  # Q8_0 of fp32; smaller types need less
 def check_room(base: Checkpoint, cfg: JobConfig, device: str) -> None:
     """Raises `MachineError` when disk or memory are certain to be too small, `ConfigError` for the GPU's memory.
 
-    What older jobs left in the work folder counts as free, for `Stages` removes it when room is short.
+    What stages left in the work folder counts as free: this job's are done, older ones' are removed when room is short.
     """
     results, needed = disk_needed(base, cfg), memory_needed(base, cfg)
-    free = shutil.disk_usage(cfg.work_dir).free + size_of(cfg.work_dir)
+    free = shutil.disk_usage(cfg.work_dir).free + sum(size_of(folder) for folder in others(cfg.work_dir, ()))
     if free < (total := sum(results.values()) + released_beside(base, cfg)):
         raise MachineError(
             f"the job needs {gb(total)} under work_dir {cfg.work_dir}, but its disk has {gb(free)} for it; free some "
             "space or set work_dir to a larger disk"
         )
+    check_output(base, cfg)
     if free < total + (most := max(checkpoints_needed(base, cfg).values())):
         log.warning(
             "disk: %s under work_dir %s hold the results but not all checkpoints (%s more); a kill can cost more work",
@@ -100,14 +102,39 @@ def needs_of(base: Checkpoint, cfg: JobConfig) -> dict[str, int]:
 
 
 def released_beside(base: Checkpoint, cfg: JobConfig) -> int:
-    """Bytes of the release, objects and plain copies, where the output is a folder on the work folder's disk."""
-    if scheme_of(cfg.output) not in ("", "file"):
-        return 0
-    output = local_path(cfg.output).absolute()
-    exists = next(path for path in (output, *output.parents) if path.exists())
-    if exists.stat().st_dev != cfg.work_dir.stat().st_dev:
-        return 0
+    """Bytes of the release where the output is a folder on the work folder's disk."""
+    output = output_folder(cfg)
+    return release_needed(base, cfg) if output and on_one_disk(output, cfg.work_dir) else 0
+
+
+def check_output(base: Checkpoint, cfg: JobConfig) -> None:
+    """Raises `MachineError` when an output folder on another disk than the work folder's cannot hold the release."""
+    output = output_folder(cfg)
+    if output is None or on_one_disk(output, cfg.work_dir):
+        return
+    needed, free = release_needed(base, cfg), shutil.disk_usage(output).free
+    if free < needed:
+        raise MachineError(
+            f"the release needs {gb(needed)} under output {cfg.output}, but its disk has {gb(free)} for it; free some "
+            "space or set output to a larger disk"
+        )
+
+
+def release_needed(base: Checkpoint, cfg: JobConfig) -> int:
+    """Bytes of objects and plain copies."""
     return 2 * (disk_needed(base, cfg)["finish"] + (weight_bytes(base) if cfg.publish.safetensors else 0))
+
+
+def output_folder(cfg: JobConfig) -> Path | None:
+    """The folder that the output is, or will be made in; None for a bucket."""
+    if scheme_of(cfg.output) not in ("", "file"):
+        return None
+    output = local_path(cfg.output).absolute()
+    return next(path for path in (output, *output.parents) if path.exists())
+
+
+def on_one_disk(*folders: Path) -> bool:
+    return len({folder.stat().st_dev for folder in folders}) == 1
 
 
 def memory_needed(base: Checkpoint, cfg: JobConfig) -> int:

@@ -72,8 +72,7 @@ class Stages:
         """From now on what is done is copied to the run's place in `resume.uri`, else in `output`, and taken from there
         if it is not here."""
         self.owner = owner
-        uri = self.resume.uri or output
-        if self.resume.upload == "always" or (self.resume.upload == "auto" and scheme_of(uri) not in ("", "file")):
+        if uri := place_of_copies(self.resume, output):
             self.mirror = Mirror(uri, run_id, owner)
 
     def forget(self) -> None:
@@ -142,6 +141,13 @@ class Stages:
 
     def _is_copied(self, place: str) -> bool:
         return self.mirror is not None and place.partition("/")[0] in COPIED
+
+
+def place_of_copies(resume: ResumeConfig, output: str) -> str | None:
+    """Where copies of what is done go; None if none are wanted."""
+    uri = resume.uri or output
+    wanted = resume.upload == "always" or (resume.upload == "auto" and scheme_of(uri) not in ("", "file"))
+    return uri if wanted else None
 
 
 def fingerprint_of(name: str, inputs: tuple[Any, ...], context: dict[str, Any]) -> str:

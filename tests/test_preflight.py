@@ -8,6 +8,7 @@ from pipeline import preflight as stage
 from pipeline.artifacts import Checkpoint
 from pipeline.errors import ConfigError, ServiceUnavailable
 from pipeline.forecast import forecasts_of
+from pipeline.llama_cpp import PROGRAMS
 from pipeline.preflight import check_model, check_positions, check_shape, check_size, preflight
 from pipeline.settings import resolve
 from scripts.make_random_gpt2 import make
@@ -33,6 +34,27 @@ def test_what_the_job_stands_on_is_found_with_reasons(llama_cpp, tmp_path):
 )
 def test_a_name_that_means_nothing_is_refused_before_anything_is_loaded(flags, sentence, llama_cpp, tmp_path):
     with pytest.raises(ConfigError, match=sentence):
+        preflight(job(tmp_path, **flags))
+
+
+def test_a_program_that_does_not_start_is_refused_before_anything_is_loaded(llama_cpp, tmp_path):
+    for path in llama_cpp.root.iterdir():
+        (tmp_path / "tools" / path.name).parent.mkdir(exist_ok=True)
+        (tmp_path / "tools" / path.name).symlink_to(path)
+    (tmp_path / "tools" / "bin").unlink()
+    (tmp_path / "tools" / "bin").mkdir()
+    for name in PROGRAMS:
+        (tmp_path / "tools" / "bin" / name).write_text("of another machine")
+        (tmp_path / "tools" / "bin" / name).chmod(0o755)
+    with pytest.raises(ConfigError, match=r"llama-quantize does not start \(Exec format error\)"):
+        preflight(job(tmp_path, llama_cpp=str(tmp_path / "tools")))
+
+
+@pytest.mark.parametrize(("upload", "refused"), [("always", True), ("auto", False), ("never", False)])
+def test_where_copies_go_must_be_writable_if_they_are_wanted(upload, refused, llama_cpp, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    flags = {"resume.uri": str(tmp_path / "file" / "x"), "resume.upload": upload}
+    with pytest.raises(ConfigError, match="Not a directory") if refused else nullcontext():
         preflight(job(tmp_path, **flags))
 
 

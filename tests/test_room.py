@@ -1,3 +1,5 @@
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -54,9 +56,35 @@ def test_a_disk_that_cannot_hold_the_results_is_refused_with_the_figures(base, t
 def test_what_lies_in_the_work_folder_already_counts_as_room(base, tmp_path, monkeypatch):
     cfg = job(tmp_path)
     needed = sum(disk_needed(base, cfg).values())
-    (tmp_path / "work" / "older").write_bytes(bytes(1000))
+    older = tmp_path / "work" / "finetune" / ("a" * 16)
+    older.mkdir(parents=True)
+    (older / "model").write_bytes(bytes(1000))
     with_free(monkeypatch, needed - 1000)
     check_room(base, cfg, "cpu")
+
+
+def test_what_nobody_will_remove_from_the_work_folder_is_no_room(base, tmp_path, monkeypatch):
+    cfg = job(tmp_path)
+    (tmp_path / "work" / "photos").mkdir()
+    (tmp_path / "work" / "photos" / "mine").write_bytes(bytes(1000))
+    with_free(monkeypatch, sum(disk_needed(base, cfg).values()) - 1000)
+    with pytest.raises(MachineError, match="under work_dir"):
+        check_room(base, cfg, "cpu")
+
+
+def test_an_output_on_a_disk_of_its_own_must_hold_the_release(base, tmp_path, monkeypatch):
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as other:
+        cfg = job(tmp_path, output=f"{other}/not/yet")
+        if room.on_one_disk(Path(other), tmp_path):
+            pytest.skip("/dev/shm is no disk of its own here")
+        assert released_beside(base, cfg) == 0
+        needed, free = room.release_needed(base, cfg), {cfg.work_dir: 10**15}
+        monkeypatch.setattr(room.shutil, "disk_usage", lambda path: SimpleNamespace(free=free[path]))
+        free[Path(other)] = needed
+        check_room(base, cfg, "cpu")
+        free[Path(other)] = needed - 1
+        with pytest.raises(MachineError, match=r"the release needs 0\.\d GB under output .*larger disk"):
+            check_room(base, cfg, "cpu")
 
 
 def test_too_little_room_for_checkpoints_is_only_a_warning(base, tmp_path, monkeypatch, caplog):
