@@ -195,7 +195,7 @@ def gather(resolved: Resolved, given: Given, made: Made, stages: Stages, llama_c
             "data": {
                 "quotes": given.corpus.quotes,
                 "sources": [redacted(asdict(source)) for source in given.corpus.sources],
-                "tokens": made.tokens.facts,
+                "tokens": redacted(made.tokens.facts),
             },
             "stages": redacted(metrics.stage_figures(stages.records, stages.facts)),
             "ledger": found["ledger"],

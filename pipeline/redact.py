@@ -53,9 +53,9 @@ def redact(text: str) -> str:
 
 
 def redacted(value: Any) -> Any:
-    """`value` as JSON has it, every text in it without secrets."""
+    """`value` as JSON has it, every text in it, names of fields too, without secrets."""
     if isinstance(value, dict):
-        return {key: redacted(item) for key, item in value.items()}
+        return {redact(key): redacted(item) for key, item in value.items()}
     if isinstance(value, list):
         return [redacted(item) for item in value]
     return redact(value) if isinstance(value, str) else value

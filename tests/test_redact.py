@@ -148,5 +148,5 @@ def test_no_last_word_of_the_job_holds_a_secret(
 
 
 def test_every_text_within_is_redacted() -> None:
-    found = redacted({"a": [{"b": "s3://key:s3cr3tV4lue@bucket/x"}, 1, None], "c": True})
-    assert found == {"a": [{"b": f"s3://{HIDDEN}bucket/x"}, 1, None], "c": True}
+    found = redacted({"a": [{"b": "s3://key:s3cr3tV4lue@bucket/x"}, 1, None], "x?sig=s3cr3tV4lue": True})
+    assert found == {"a": [{"b": f"s3://{HIDDEN}bucket/x"}, 1, None], f"x?sig={HIDDEN}": True}
