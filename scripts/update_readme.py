@@ -9,6 +9,7 @@ import re
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -20,6 +21,9 @@ SETTINGS = re.compile(r"(?<=<!-- settings -->\n).*(?=\n<!-- /settings -->)", re.
 FAULTS = re.compile(r"(?<=<!-- faults -->\n).*(?=\n<!-- /faults -->)", re.S)
 FAULTS_SECTION = "## Faults tried\n\n<!-- faults -->\n\n<!-- /faults -->\n\n"
 BEFORE_FAULTS = "## Gates\n"
+LOOKED_AT = "whole jobs, spoilt where they write"  # the group of tests/test_write_boundaries.py
+EVERY = "every write (a full tmpfs: from every stage on)"
+SAMPLE = "a sample of the writes, SIGKILL also at every one that commits something (a full tmpfs: from every stage on)"
 
 
 def updated(readme: str) -> str:
@@ -34,17 +38,18 @@ def with_faults(readme: str, lines: str) -> str:
         raise ValueError("only a run of all tests that passes makes the table: pytest --faults FILE")
     if not FAULTS.search(readme):
         readme = readme.replace(BEFORE_FAULTS, FAULTS_SECTION + BEFORE_FAULTS)
-    return FAULTS.sub(lambda _: faults_markdown(head["commit"], told), readme)
+    return FAULTS.sub(lambda _: faults_markdown(head, told), readme)
 
 
-def faults_markdown(commit: str, told: list[dict[str, str]]) -> str:
+def faults_markdown(head: dict[str, Any], told: list[dict[str, str]]) -> str:
     outcomes: defaultdict[tuple[str, str], Counter[str]] = defaultdict(Counter)
     for each in told:
         outcomes[each["group"], each["fault"]][each["outcome"]] += int(each["count"])
     total = sum(found.total() for found in outcomes.values())
     rows = [
-        f"{total:,} faults, each followed by a look at everything that is left; with any other outcome the tests fail. "
-        f"(Written by the tests at commit {commit}.)",
+        f"{total:,} faults; with any other outcome the tests fail. Those of {LOOKED_AT} came at "
+        f"{EVERY if head['every_fault'] else SAMPLE}, each followed by a look at everything that was left. "
+        f"(Written by the tests at commit {head['commit']}.)",
         "",
         "| where | fault | tried | outcome |",
         "|---|---|---|---|",

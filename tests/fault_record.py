@@ -8,6 +8,7 @@ A test that tries many faults tells of them with the fixture `record_fault`; one
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 from collections import Counter
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+EVERY_FAULT = bool(os.environ.get("QUOTESMITH_EVERY_FAULT"))  # whole jobs are spoilt wherever they write
 TOLD: pytest.StashKey[Counter[tuple[str, str, str]]] = pytest.StashKey()
 PROPERTY = "faults"  # of a test's report: reports come to the controller from the processes that pytest-xdist starts
 
@@ -70,7 +72,8 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     chosen = option.markexpr or option.keyword or session.config.args_source == pytest.Config.ArgsSource.ARGS
     record = session.config.pluginmanager.get_plugin(PROPERTY)
     with path.open("w") as file:
-        file.write(json.dumps({"complete": not chosen and exitstatus == 0, "commit": commit()}) + "\n")
+        head = {"complete": not chosen and exitstatus == 0, "commit": commit(), "every_fault": EVERY_FAULT}
+        file.write(json.dumps(head) + "\n")
         for (group, fault, outcome), count in sorted(record.found.items()):
             file.write(json.dumps({"group": group, "fault": fault, "outcome": outcome, "count": count}) + "\n")
 

@@ -25,12 +25,12 @@ def test_fails(record_fault):
 """
 
 
-def run(folder, *arguments, tests=TESTS):
+def run(folder, *arguments, tests=TESTS, **environment):
     (folder / "tests").mkdir(exist_ok=True)
     (folder / "tests" / "test_it.py").write_text(tests)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.fault_record", "-p", "no:cacheprovider"]
     command += ["--rootdir", folder, "--faults", folder / "faults", *arguments]
-    environment = {"PYTHONPATH": str(ROOT), "PATH": ""}
+    environment |= {"PYTHONPATH": str(ROOT), "PATH": ""}
     subprocess.run(command, cwd=folder, env=environment, capture_output=True, check=False)
     return [json.loads(line) for line in (folder / "faults").read_text().splitlines()]
 
@@ -50,3 +50,9 @@ def test_only_a_run_of_all_tests_that_passes_is_complete(tmp_path):
     passing = "def test_it(): pass"
     assert run(tmp_path, tests=passing)[0]["complete"]
     assert not run(tmp_path, "tests/test_it.py", tests=passing)[0]["complete"]
+
+
+def test_the_head_says_whether_every_fault_was_tried(tmp_path):
+    passing = "def test_it(): pass"
+    assert run(tmp_path, tests=passing)[0]["every_fault"] is False
+    assert run(tmp_path, tests=passing, QUOTESMITH_EVERY_FAULT="1")[0]["every_fault"] is True

@@ -10,6 +10,8 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 from update_readme import updated, with_faults  # noqa: E402
 
+from tests.test_write_boundaries import GROUP  # noqa: E402
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -22,8 +24,9 @@ def test_every_path_the_readme_names_exists():
     assert named and not [name for name in named if not (ROOT / name).exists()]
 
 
-def told(*lines, complete=True):
-    return "\n".join(json.dumps(line) for line in ({"complete": complete, "commit": "abc1234"}, *lines))
+def told(*lines, complete=True, every_fault=False):
+    head = {"complete": complete, "commit": "abc1234", "every_fault": every_fault}
+    return "\n".join(json.dumps(line) for line in (head, *lines))
 
 
 KILLED = {"group": "jobs", "fault": "SIGKILL", "outcome": "went on", "count": 1200}
@@ -38,6 +41,14 @@ def test_the_table_of_faults_counts_them_by_group_and_outcome():
     assert "| jobs | SIGKILL | 1,200 | went on |\n| jobs | disk full | 6 | 4 ended; 2 went on |" in readme
     again = with_faults(readme, told(KILLED))
     assert "disk full" not in again and again.count("## Faults tried") == 1 and again.endswith("\n\n## Gates\n")
+
+
+@pytest.mark.parametrize(
+    ("every_fault", "said"), [(True, "came at every write (a full"), (False, "came at a sample of the writes")]
+)
+def test_the_table_says_whether_whole_jobs_were_spoilt_at_every_write(every_fault, said):
+    readme = with_faults("# x\n\n## Gates\n", told(KILLED, every_fault=every_fault))
+    assert said in readme and GROUP in readme
 
 
 def test_a_part_of_a_run_makes_no_table_of_faults():

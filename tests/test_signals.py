@@ -22,8 +22,8 @@ from pipeline import signals
 
 ROOT = Path(__file__).resolve().parent.parent
 
-pytestmark = pytest.mark.fault(
-    "processes and whole runs", "SIGTERM, SIGINT, SIGKILL", "the promised exit code, nothing left running"
+FAULT = pytest.mark.fault(
+    "processes and whole runs", "SIGTERM, SIGINT, SIGHUP, SIGKILL", "the promised exit code, nothing left running"
 )
 STOPS = [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 143)]
 HEAD = """
@@ -77,12 +77,14 @@ signals.leave(entrypoint.exit_code_of(work))
 
 
 @pytest.mark.parametrize(("number", "code"), STOPS)
+@FAULT
 def test_a_first_signal_unwinds_the_work_and_says_so_once(number, code, script):
     returned, out, err, _ = stopped(script(UNWINDS), number)
     assert (returned, out) == (code, "cleaned up\n")
     assert err.count("stopped by") == 1 and number.name in err
 
 
+@FAULT
 def test_under_nohup_a_lost_terminal_stops_neither_the_work_nor_its_programs(script):
     ignores = """
 def work():
@@ -96,6 +98,7 @@ signals.leave(work() or 0)
     assert (returned, out) == (0, "alive\n")
 
 
+@FAULT
 def test_work_saves_itself_when_its_terminal_is_gone_and_refuses_what_a_bar_writes(tmp_path):
     saves = SAVES["where it can"].replace("say('saved')", "sys.stderr.write('bar'); sys.stderr.flush(); save()")
     code = HEAD + f"save = lambda: open({str(tmp_path / 'saved')!r}, 'w').close()\n" + PATIENT.replace("WORK", saves)
@@ -114,6 +117,7 @@ def test_work_saves_itself_when_its_terminal_is_gone_and_refuses_what_a_bar_writ
 
 
 @pytest.mark.parametrize(("number", "code"), STOPS)
+@FAULT
 def test_an_error_that_a_signal_became_on_its_way_is_still_the_signal(number, code, script):
     swallowed = UNWINDS.replace('say("cleaned up")', "raise RuntimeError('a library of C')")
     returned, _, err, _ = stopped(script(swallowed), number)
@@ -138,6 +142,7 @@ signals.leave(code)
 
 
 @pytest.mark.skipif(not shutil.which("ps"), reason="needs ps")
+@FAULT
 def test_a_signal_while_a_program_is_started_or_ended_leaves_none_behind(script):
     chance = random.Random(0)
     for number, code in STOPS * 4:
@@ -149,6 +154,7 @@ def test_a_signal_while_a_program_is_started_or_ended_leaves_none_behind(script)
         assert (process.returncode, out) == (code, "['ps']\n"), err
 
 
+@FAULT
 def test_what_must_not_be_torn_is_finished_first(script):
     whole = """
 def work():
@@ -186,6 +192,7 @@ SAVES = {
 
 @pytest.mark.parametrize("how", SAVES)
 @pytest.mark.parametrize(("number", "code"), STOPS)
+@FAULT
 def test_patient_work_saves_itself_before_a_first_signal_unwinds_it(number, code, how, script):
     returned, out, err, _ = stopped(script(PATIENT.replace("WORK", SAVES[how])), number)
     assert (returned, out) == (code, "saved\ncleaned up\n") and number.name in err
@@ -198,12 +205,14 @@ LONG = {
 
 
 @pytest.mark.parametrize("what", LONG)
+@FAULT
 def test_saving_that_takes_too_long_leaves_time_to_clean_up(what, script):
     long = "signals.state.grace_seconds = 4\n" + PATIENT.replace("WORK", LONG[what])
     returned, out, _, seconds = stopped(script(long), signal.SIGTERM)
     assert (returned, out) == (143, "cleaned up\n") and 2 < seconds < 4
 
 
+@FAULT
 def test_a_second_signal_ends_patient_work_at_once(script):
     slow = "signals.state.grace_seconds = 60\n" + PATIENT.replace("WORK", LONG["a step"])
     returned, out, _, seconds = stopped(script(slow), signal.SIGTERM, signal.SIGTERM)
@@ -230,6 +239,7 @@ HANGS = {
 
 @pytest.mark.parametrize("where", HANGS)
 @pytest.mark.parametrize(("number", "code"), STOPS)
+@FAULT
 def test_whatever_hangs_the_process_ends_within_its_grace_period(number, code, where, script):
     hangs = f"signals.state.unwinds = True\nsay('ready')\n{HANGS[where]}"
     returned, _, err, seconds = stopped(script(hangs), number)
@@ -237,6 +247,7 @@ def test_whatever_hangs_the_process_ends_within_its_grace_period(number, code, w
     assert 0.6 < seconds < 0.8 + 3  # a busy machine
 
 
+@FAULT
 def test_a_second_signal_ends_it_at_once(script):
     slow = "signals.state.grace_seconds = 60\nsignals.state.unwinds = True\nsay('ready')\n" + HANGS["in cleaning up"]
     returned, _, _, seconds = stopped(script(slow), signal.SIGTERM, signal.SIGTERM)
@@ -244,6 +255,7 @@ def test_a_second_signal_ends_it_at_once(script):
 
 
 @pytest.mark.parametrize("numbers", [[signal.SIGTERM], [signal.SIGTERM, signal.SIGINT]])
+@FAULT
 def test_an_end_without_unwinding_still_says_why_where_the_platform_looks(numbers, script, tmp_path):
     note = tmp_path / "termination-log"
     note.write_text("older and longer than the sentence that follows, " * 9)
@@ -253,6 +265,7 @@ def test_an_end_without_unwinding_still_says_why_where_the_platform_looks(number
     assert note.read_text() == err == f"{signals.sentence(signal.SIGTERM)}\n"
 
 
+@FAULT
 def test_a_note_that_cannot_be_written_and_a_log_that_nobody_reads_do_not_hold_the_end_up(script, tmp_path):
     full = "import fcntl\nfcntl.fcntl(2, 1031, 4096)  # F_SETPIPE_SZ\nos.write(2, bytes(4096))\n"
     hangs = f"from pathlib import Path\nsignals.state.note = Path({str(tmp_path)!r})\n{HANGS['in cleaning up']}"
@@ -263,12 +276,14 @@ def test_a_note_that_cannot_be_written_and_a_log_that_nobody_reads_do_not_hold_t
     assert process.communicate()[1] == "\0" * 4096
 
 
+@FAULT
 def test_with_nothing_to_save_the_first_signal_ends_it_at_once(script):
     slow = "signals.state.grace_seconds = 60\nsay('ready')\n" + HANGS["in one long call"]
     returned, _, err, seconds = stopped(script(slow), signal.SIGTERM)
     assert returned == 143 and seconds < 5 and "SIGTERM" in err
 
 
+@FAULT
 def test_a_signal_after_the_end_does_not_change_the_code(script):
     late = "threading.Thread(target=time.sleep, args=(60,)).start()\nsay('ready')\nsignals.leave(3)"
     process = script(late)
@@ -279,6 +294,7 @@ def test_a_signal_after_the_end_does_not_change_the_code(script):
     assert process.returncode == 3
 
 
+@FAULT
 def test_the_signals_of_a_forked_child_are_its_own(script):
     forks = """
 signals.state.unwinds = True
@@ -313,6 +329,7 @@ needs_pgrep = pytest.mark.skipif(
 @needs_pgrep
 @pytest.mark.parametrize("hang", ["p.wait()", HANGS["in one long call"]])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@FAULT
 def test_children_and_what_they_started_die_with_the_process(number, hang, script):
     process = script(FAMILY.replace("HANG", hang))
     group = int(process.stdout.readline())
@@ -351,6 +368,7 @@ def alone():
 
 
 @pytest.mark.parametrize(("number", "code"), STOPS)
+@FAULT
 def test_as_process_1_it_obeys_signals_and_leaves_no_zombies(number, code, script):
     command = alone()
     if command is None:
@@ -388,6 +406,7 @@ def command_line(*arguments, after=0.0):
 
 
 @pytest.mark.parametrize(("number", "code"), STOPS)
+@FAULT
 def test_at_any_moment_of_a_short_command_a_signal_ends_it_or_finds_it_done(number, code):
     chance = random.Random(code)
     for _ in range(12):
@@ -407,6 +426,7 @@ def test_signals_are_handled_before_the_imports_that_take_time():
 
 
 @pytest.mark.parametrize(("number", "after"), [(signal.SIGTERM, 0.6), (signal.SIGINT, 1.2), (signal.SIGTERM, 2.0)])
+@FAULT
 def test_a_signal_while_torch_is_imported_ends_it_at_once(number, after, tmp_path):
     process = command_line("run", "--output", tmp_path / "out", "--llama-cpp", "/nowhere", after=after)
     begun = time.monotonic()
@@ -447,6 +467,7 @@ def tools_of(job):
     ("stage", "number", "code"),
     [("finetune", signal.SIGINT, 130), ("export", signal.SIGTERM, 143), ("evaluate", signal.SIGINT, 130)],
 )
+@FAULT
 def test_a_stopped_run_says_so_leaves_nothing_behind_and_goes_on_later(
     stage, number, code, toy_gpt2, llama_cpp, tmp_path
 ):

@@ -25,6 +25,7 @@ import pytest
 from pipeline import sealed
 from pipeline.llama_cpp import LlamaCpp
 from tests.fault_chains import spoil
+from tests.fault_record import EVERY_FAULT
 from tests.half_done import assert_nothing_is_half_done, left_over, names_in
 from tests.spoilt_jobs import (
     CHANGES,
@@ -41,7 +42,6 @@ GROUP = "whole jobs, spoilt where they write"
 MOST_MISSED = 0.05  # of the boundaries: those that a thread beside has moved to another section
 SAMPLE = 20  # boundaries of each fault, beside those that have to be tried
 PROCESSES = min(2, len(os.sched_getaffinity(0)))
-EVERYTHING = bool(os.environ.get("QUOTESMITH_EVERY_FAULT"))
 
 pytestmark = pytest.mark.slow
 
@@ -129,7 +129,7 @@ def commits(boundary: Boundary) -> bool:
 def chosen(boundaries: Sequence[Boundary], fault: str) -> list[Boundary]:
     calls = {"SIGKILL": CHANGES, "SIGTERM": CHANGES, "disk full": NEEDS_ROOM}.get(fault)
     can_matter = [boundary for boundary in boundaries if calls is None or boundary.call in calls]
-    if EVERYTHING:
+    if EVERY_FAULT:
         return can_matter
     always = {number for number, each in enumerate(can_matter) if fault == "SIGKILL" and commits(each)}
     rest = [number for number in range(len(can_matter)) if number not in always]
@@ -202,7 +202,7 @@ def test_on_a_small_disk_that_is_full_from_any_stage_on_the_job_ends_with_71_and
     lines = dict.fromkeys(boundary.section for boundary in undisturbed.ended.boundaries)
     begin = [line for line in lines if ": started" in line or line.startswith(("job:", "publish:"))]
     full = [Boundary(line, left, "full disk", "") for line in begin for left in LEFT_BYTES]
-    if not EVERYTHING:
+    if not EVERY_FAULT:
         full = full[:: len(LEFT_BYTES) - 1]  # each line with another amount
     with job_server(*small, None, before) as server:
         inside = Path(f"/proc/{server.process.pid}/root{mounted}")
