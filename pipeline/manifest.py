@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import time
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +20,7 @@ from pipeline.storage import check_listed, check_name, crc32c_of
 
 SCHEMA_VERSION = 1
 SHA256 = re.compile(r"[0-9a-f]{64}")
+CREATED = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z")  # compared as text
 
 
 def manifest_name(run_id: str) -> str:
@@ -27,6 +29,11 @@ def manifest_name(run_id: str) -> str:
 
 def object_name(run_id: str, sha256: str) -> str:
     return f"runs/{run_id}/objects/sha256/{sha256}"
+
+
+def created_at(seconds: float) -> str:
+    """A time as releases have it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
 def describe(name: str, path: Path) -> ReleasedFile:
@@ -80,6 +87,10 @@ def from_bytes(data: bytes, output: str, run_id: str) -> Release:
         raise DataError(f"{where} has schema version {version}; this program reads {SCHEMA_VERSION}")
     if release.run_id != run_id:
         raise DataError(f"{where} is the manifest of run {release.run_id}; it was copied from elsewhere")
+    if not isinstance(release.created, str) or not CREATED.fullmatch(release.created):
+        raise DataError(
+            f"{where} has {release.created!r} for when it was created, not a time like {created_at(0)}; remove that run"
+        )
     if release.result_digest != result_digest(files):
         raise DataError(f"{where} has a result_digest that does not match its own list of files")
     for file in files:

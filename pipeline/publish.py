@@ -16,7 +16,7 @@ from pipeline import manifest
 from pipeline.artifacts import Release, ReleasedFile
 from pipeline.errors import DataError, InputMissing, TargetTaken, TransferError, TryLater
 from pipeline.json_object import json_object
-from pipeline.manifest import manifest_name, object_name
+from pipeline.manifest import CREATED, manifest_name, object_name
 from pipeline.progress import bar
 from pipeline.storage import Store, open_store
 
@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 LATEST = "latest.json"
 METRICS = "metrics.json"
 SWAP_ATTEMPTS = 10
+SKEW_SECONDS = 60.0  # between the clocks of two machines that are both right
 RUN_ID = re.compile(r"\w[\w.-]*")
 
 
@@ -51,7 +52,7 @@ def publish(
     for file in bar(shared, "publish"):
         put_object(store, object_name(run_id, file.sha256), files[file.name], file)
     if not release:
-        created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        created = manifest.created_at(time.time())
         confirm()
         store.put_if_absent(manifest_name(run_id), manifest.to_bytes(run_id, name, created, ours))
         release = standing_release(store, output, run_id)  # another run may have been faster
@@ -214,11 +215,28 @@ def point_latest(store: Store, release: Release) -> bool:
         current = latest(store) if found else None
         if current == content:
             return True
-        if current and current["created"] > release.created:
+        if current and is_newer(current, release):
             return False
         if store.compare_and_swap(LATEST, manifest.as_json(content), found.version if found else None):
             return True
     raise TryLater(f"{store.uri}/{LATEST} keeps being moved by other runs; run again to complete the release")
+
+
+def is_newer(current: Mapping[str, Any], release: Release) -> bool:
+    """Whether latest.json's release was made after `release`; False where it says no time, or one that is yet to come.
+
+    Else a publisher whose clock is ahead would keep latest.json from all others for as long.
+    """
+    created = current["created"]
+    if CREATED.fullmatch(created) and created <= manifest.created_at(time.time() + SKEW_SECONDS):
+        return bool(created > release.created)
+    log.warning(
+        "publish: latest.json says that run %s was made at %r, which by this machine's clock has not been yet; it is "
+        "not taken for newer",
+        current["run_id"],
+        created[: len(release.created)],
+    )
+    return False
 
 
 def latest(store: Store) -> dict[str, Any] | None:

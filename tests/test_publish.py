@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -210,6 +211,50 @@ def test_latest_moves_to_a_newer_release_but_never_back(
     assert listing(output)["voice-Q2_K.gguf"] == b"new weights"
 
 
+def says_created(output: str, name: str, created: object) -> None:
+    """As a publisher with a wrong clock, or somebody else, left it."""
+    path = Path(output) / name
+    path.write_text(json.dumps({**json.loads(path.read_text()), "created": created}))
+
+
+@pytest.mark.parametrize("created", ["2125-01-01T00:00:00Z", "9999", "", "9" * 10_000 + "\n"])
+def test_a_publisher_with_a_wrong_clock_does_not_keep_latest_from_the_next(
+    tmp_path: Path, files: Files, created: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    output, newer = str(tmp_path / "out"), write(tmp_path / "newer", b"new weights", b"{}")
+    release(output, files, "ahead")
+    says_created(output, "latest.json", created)
+    release(output, newer, "new")
+    assert json.loads(listing(output)["latest.json"])["run_id"] == "new"
+    assert listing(output)["voice-Q2_K.gguf"] == b"new weights" and len(verify(output)) == 6
+    warning = next(record for record in caplog.records if "not taken for newer" in record.getMessage())
+    assert warning.getMessage().isprintable() and len(warning.getMessage()) < 500
+
+
+@pytest.mark.parametrize(("ahead_seconds", "stays"), [(40, True), (90, False)])
+def test_a_minute_between_two_clocks_is_nothing_to_mistrust(
+    tmp_path: Path, files: Files, ahead_seconds: float, stays: bool
+) -> None:
+    output, newer = str(tmp_path / "out"), write(tmp_path / "newer", b"new weights", b"{}")
+    release(output, files, "ahead")
+    says_created(output, "latest.json", module.manifest.created_at(time.time() + ahead_seconds))
+    release(output, newer, "new")
+    assert json.loads(listing(output)["latest.json"])["run_id"] == ("ahead" if stays else "new")
+
+
+@pytest.mark.parametrize("created", [5, None, "9999", "2026-1-1T0:0:0Z", "٢٠٢٦-01-01T00:00:00Z", ["2026"]])
+def test_a_manifest_of_no_time_is_bad_data_and_never_comes_into_latest(
+    tmp_path: Path, files: Files, created: object
+) -> None:
+    output = str(tmp_path / "out")
+    release(output, files)
+    before = listing(output)["latest.json"]
+    says_created(output, "runs/run1/MANIFEST.json", created)
+    with pytest.raises(DataError, match="for when it was created, not a time like 1970-01-01T00:00:00Z"):
+        release(output, files)
+    assert listing(output)["latest.json"] == before
+
+
 class Slow:
     """A store whose first plain copy takes so long that `meanwhile` happens."""
 
@@ -260,7 +305,13 @@ def test_plain_copies_of_a_newer_release_are_completed_too(
 
 
 @pytest.mark.parametrize(
-    "content", [b"[" * 100_000, b'{"run_id": 5}', b'{"run_id": "../x", "created": "", "manifest_sha256": ""}']
+    "content",
+    [
+        b"[" * 100_000,
+        b'{"run_id": 5}',
+        b'{"run_id": "../x", "created": "", "manifest_sha256": ""}',
+        b'{"run_id": "x", "created": 5, "manifest_sha256": ""}',
+    ],
 )
 def test_a_pointer_that_somebody_else_wrote_is_bad_data(tmp_path: Path, content: bytes) -> None:
     open_store(str(tmp_path)).put_if_absent("latest.json", content)
