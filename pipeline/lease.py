@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import threading
 import time
 import uuid
@@ -29,7 +30,8 @@ SCHEMA_VERSION = 1
 POLL_SECONDS = 2.0  # while waiting for another holder
 RENEWALS = 3  # within the time of a lease
 RELEASE_SECONDS = 3.0  # a grace period must be enough for it; after that the lease is left to expire
-LONGEST_SECONDS = 3600.0  # whatever a file says
+LONGEST_SECONDS = 3600.0  # that a lease of this program lasts
+SKEW_SECONDS = 5.0  # between two clocks that are both right
 NAME_LENGTH = 100  # characters of a host's name
 
 
@@ -52,15 +54,17 @@ class Holder:
         """A file that is damaged or somebody else's belongs to nobody known, and expires after `seconds`."""
         try:
             content = json.loads(data)
-            lasts = min(max(float(content["seconds"]), 0.0), LONGEST_SECONDS)
+            lasts, until = float(content["seconds"]), float(content["until"])
+            if not 0 <= lasts <= LONGEST_SECONDS or not math.isfinite(until):
+                raise ValueError
             return cls(
                 str(content["holder"]),
                 lasts,
-                float(content["until"]),
+                until,
                 printable(content["since"], NAME_LENGTH),
                 dict(content["process"]),
             )
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, OverflowError, KeyError, TypeError, RecursionError):
             return cls("", seconds, 0.0, "an unknown time", {})
 
     def __str__(self) -> str:
@@ -91,8 +95,11 @@ class Watch:
 
     @property
     def seems_dead(self) -> bool:
-        """Not renewed before our eyes, and past its end if the holder's clock is like ours: worth watching."""
-        return self.holder is not None and not self.changes and time.time() > self.holder.until
+        """Not renewed before our eyes, and over by our clock, or longer to go than it lasts: worth watching. Then the
+        holder's clock is not like ours, so that it may have died long ago."""
+        if self.holder is None or self.changes:
+            return False
+        return not 0 <= self.holder.until - time.time() <= self.holder.seconds + SKEW_SECONDS
 
 
 class Lease:
@@ -113,7 +120,8 @@ class Lease:
         """Hold the lease; TryLater if another start of the run still holds it after `wait_seconds`.
 
         On the holder's own machine it is seen at once that it has died. From elsewhere its lease must be watched for
-        its full time; that is done for `wait_seconds` at most, but always where it seems to have ended already.
+        its full time; that is done for `wait_seconds` at most, but always where by this clock no living holder would
+        have written it.
         """
         end = time.monotonic() + wait_seconds
         watch = Watch()

@@ -233,6 +233,21 @@ def test_every_environment_name_is_a_setting_and_every_value_can_be_read(source)
 
 
 @everything
+def test_a_pod_that_follows_a_killed_one_waits_until_its_lease_is_over(source):
+    (settings,) = kind(objects_of(source), "ConfigMap")
+    lease = resolve({}, settings["data"]).config.lease
+    assert lease.seconds < lease.wait_seconds < lease.seconds + 60
+
+
+@pytest.mark.parametrize("platform", ["k8s", "trainjob"])
+@pytest.mark.parametrize(("given", "waits"), [({"lease.seconds": "600"}, 615), ({"lease.wait_seconds": "0"}, 0)])
+def test_the_wait_for_a_lease_follows_the_settings(platform, given, waits):
+    objects = list(yaml.safe_load_all(render(platform, job_of(resolve(BUCKETS | given, {}), Request()))))
+    (settings,) = kind(objects, "ConfigMap")
+    assert resolve({}, settings["data"]).config.lease.wait_seconds == waits
+
+
+@everything
 def test_resources_are_bounded_and_cover_the_volumes(source):
     _, _, pod, container = only_job(objects_of(source))
     requests, limits = container["resources"]["requests"], container["resources"]["limits"]

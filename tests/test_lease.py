@@ -117,6 +117,20 @@ def test_a_lease_that_looks_long_over_is_watched_for_its_full_time_and_then_take
     assert SECONDS <= time.monotonic() - started < SECONDS + 5
 
 
+@pytest.mark.parametrize("ahead_seconds", [-60, 60, 3600 * 1000])
+def test_a_dead_holder_whose_clock_was_wrong_is_watched_for_its_full_time_and_then_followed(
+    local: Store, ahead_seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    far_away(monkeypatch)
+    now = time.time
+    with monkeypatch.context() as patch:
+        patch.setattr(module.time, "time", lambda: now() + ahead_seconds)
+        died(held(local, 1.5))
+    started = time.monotonic()
+    held(local).release()
+    assert 1.5 <= time.monotonic() - started < 1.5 + 5
+
+
 @pytest.mark.parametrize("hours", [-1000, 1000])
 def test_a_clock_that_is_wrong_by_weeks_takes_nothing_from_a_living_holder(
     local: Store, hours: int, monkeypatch: pytest.MonkeyPatch
@@ -180,6 +194,26 @@ def test_a_lease_that_somebody_removed_is_taken_again(local: Store) -> None:
     first.release()
 
 
+HUGE = "9" * 400
+
+
+@pytest.mark.parametrize(
+    ("seconds", "until"),
+    [
+        *((seconds, "0") for seconds in ("9e99", "-1", "NaN", "Infinity", HUGE)),
+        *(("0.3", until) for until in ("9e99", "-9e99", "NaN", "-Infinity", HUGE, '"x"')),
+    ],
+)
+def test_absurd_numbers_in_a_lease_keep_nobody_waiting_for_longer_than_a_lease_lasts(
+    local: Store, seconds: str, until: str
+) -> None:
+    content = f'{{"holder": "x", "seconds": {seconds}, "until": {until}, "since": "", "process": {{}}}}'
+    local.put_if_absent(NAME, content.encode())
+    started = time.monotonic()
+    held(local, 0.3).release()
+    assert time.monotonic() - started < 5
+
+
 @pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"\xff", b'{"holder": 1, "seconds": "x"}', b"[" * 100_000])
 def test_a_damaged_lease_belongs_to_nobody_and_expires(local: Store, content: bytes) -> None:
     local.put_if_absent(NAME, content)
@@ -188,7 +222,8 @@ def test_a_damaged_lease_belongs_to_nobody_and_expires(local: Store, content: by
 
 def test_what_a_lease_says_of_its_holder_cannot_break_a_message(local: Store) -> None:
     name = "a\n\x1b[2J" + "b" * 10_000
-    content = {"holder": "x", "seconds": 9e99, "until": 9e99, "since": name, "process": {"pid": name, "host": name}}
+    until = time.time() + 60
+    content = {"holder": "x", "seconds": 60, "until": until, "since": name, "process": {"pid": name, "host": name}}
     local.put_if_absent(NAME, json.dumps(content).encode())
     with pytest.raises(TryLater) as caught:
         held(local)

@@ -13,6 +13,8 @@ from pipeline.render.pod import ACCOUNT, Object, failure_policy, labels, setting
 
 CONTAINER = "quotesmith"
 KEPT_SECONDS = 24 * 3600  # a finished job, for whoever wants to read its log
+# Beyond a lease's time: a pod that was killed gives nothing back, and the next must not spend a start on that.
+LEASE_MARGIN_SECONDS = 15
 WORKERS = "workers"
 # GKE's metadata server, which hands out a service account's tokens, under both of its addresses
 # (https://cloud.google.com/kubernetes-engine/docs/how-to/workload-identity).
@@ -54,7 +56,9 @@ def service_account(job: Job) -> Object:
 
 def config_map(job: Job, name: str) -> Object:
     """It cannot be changed under a job that is there: a pod that is started again would have other settings."""
-    return {**head("v1", "ConfigMap", settings_of(name), of=name), "immutable": True, "data": job.env()}
+    wait_seconds = f"{job.config.lease.seconds + LEASE_MARGIN_SECONDS:g}"
+    data = {"QUOTESMITH_LEASE_WAIT_SECONDS": wait_seconds, **job.env()}
+    return {**head("v1", "ConfigMap", settings_of(name), of=name), "immutable": True, "data": data}
 
 
 def network_policy(job: Job, name: str) -> Object:
