@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 POLL_SECONDS = 2.0  # while waiting for another holder
+ATTEMPTS = 20  # at a lease that seems to be neither there nor absent
 RENEWALS = 3  # within the time of a lease
 RELEASE_SECONDS = 3.0  # a grace period must be enough for it; after that the lease is left to expire
 LONGEST_SECONDS = 3600.0  # that a lease of this program lasts
@@ -125,7 +126,11 @@ class Lease:
         """
         end = time.monotonic() + wait_seconds
         watch = Watch()
+        attempts = 0
         while not self._take(watch):
+            attempts += 1
+            if watch.holder is None and attempts >= ATTEMPTS and time.monotonic() >= end:
+                raise TryLater(self._unclear())
             if watch.holder and time.monotonic() >= end and not watch.seems_dead:
                 raise TryLater(
                     f"run {self.run_id} is being done by {watch.holder} since {watch.holder.since}, which holds it "
@@ -193,7 +198,9 @@ class Lease:
                     log.warning("lease: not renewed: %s", e)
 
     def _renew(self) -> None:
-        while not self.overtaken:
+        for _ in range(ATTEMPTS):
+            if self.overtaken:
+                break
             found = self.store.stat(self.name)
             holder = self._read() if found else None
             # Removed by hand, or late, by an earlier holder: nobody's, so it is taken again.
@@ -201,9 +208,17 @@ class Lease:
                 self.overtaken = holder
             elif self._write(found.version if found else None):
                 return
+        if not self.overtaken:
+            raise TryLater(self._unclear())
         raise TryLater(
             f"run {self.run_id} was taken over by {self.overtaken} at {self.overtaken.since}, because this process had "
             "not renewed its lease in time; nothing of this run is published from here, wait for the other"
+        )
+
+    def _unclear(self) -> str:
+        return (
+            f"{self.store.uri}/{self.name} can neither be read nor written, though nobody seems to hold it; look what "
+            "is there, or try again"
         )
 
     def _write(self, expected_version: str | None) -> bool:

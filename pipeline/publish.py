@@ -86,12 +86,12 @@ def is_latest(release: Release) -> bool:
 
 
 def refuse_foreign_files(output: str, names: Sequence[str]) -> None:
-    """Raises `TargetTaken` when a file that no release put there would be overwritten by a plain copy."""
+    """Raises `TargetTaken` when a file that no release put there would be overwritten by a plain copy, and ConfigError
+    where a folder has the name of one, or of latest.json."""
     store = open_store(output)
-    if latest(store) is not None:
-        return
+    are_ours = latest(store) is not None
     for name in names:
-        if store.stat(name) is not None:
+        if store.stat(name) is not None and not are_ours:
             raise TargetTaken(
                 f"{output} already holds a {name} that no release put there, and publishing would overwrite it; "
                 "choose an empty output"

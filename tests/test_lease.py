@@ -9,14 +9,16 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from pipeline import lease as module
 from pipeline import process, retrying
 from pipeline.bucket import BucketStore
-from pipeline.errors import ServiceUnavailable, TargetTaken, TryLater
+from pipeline.errors import ConfigError, ServiceUnavailable, TargetTaken, TryLater
 from pipeline.lease import Holder, Lease, lease_name
 from pipeline.manifest import manifest_name
 from pipeline.publish import publish, verify
@@ -218,6 +220,37 @@ def test_absurd_numbers_in_a_lease_keep_nobody_waiting_for_longer_than_a_lease_l
 def test_a_damaged_lease_belongs_to_nobody_and_expires(local: Store, content: bytes) -> None:
     local.put_if_absent(NAME, content)
     held(local).release()
+
+
+@pytest.mark.parametrize("kind", ["folder", "dangling"])
+def test_what_stands_in_the_place_of_a_lease_and_is_no_file_is_said_at_once(
+    local: Store, tmp_path: Path, kind: str
+) -> None:
+    path = tmp_path / "out" / NAME
+    path.parent.mkdir(parents=True)
+    path.mkdir() if kind == "folder" else path.symlink_to("nowhere")
+    with pytest.raises(ConfigError, match=r"LEASE\.json is a folder, a link to nothing"):
+        held(local)
+
+
+class Unclear:
+    """A store that finds nothing, and something where it writes: a cache that lags behind, for instance."""
+
+    uri = "mem://bucket"
+
+    def stat(self, name: str) -> None:
+        return None
+
+    def compare_and_swap(self, name: str, data: bytes, expected_version: str | None) -> bool:
+        return False
+
+
+def test_a_lease_that_is_neither_there_nor_absent_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "POLL_SECONDS", 0.01)
+    lease = Lease(cast(Store, Unclear()), "run1", SECONDS)
+    for act in (partial(lease.acquire, 0), lease.confirm):
+        with pytest.raises(TryLater, match=r"LEASE\.json can neither be read nor written"):
+            act()
 
 
 def test_what_a_lease_says_of_its_holder_cannot_break_a_message(local: Store) -> None:

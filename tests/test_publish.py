@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from pipeline import publish as module
-from pipeline.errors import DataError, InputMissing, TargetTaken, TransferError
-from pipeline.publish import find_release, publish, read_metrics, verify
+from pipeline.errors import ConfigError, DataError, InputMissing, TargetTaken, TransferError
+from pipeline.publish import find_release, publish, read_metrics, refuse_foreign_files, verify
 from pipeline.storage import Store, open_store
 
 Files = dict[str, Path]
@@ -209,6 +209,21 @@ def test_latest_moves_to_a_newer_release_but_never_back(
     release(output, files, "old")
     assert json.loads(listing(output)["latest.json"])["run_id"] == "new"
     assert listing(output)["voice-Q2_K.gguf"] == b"new weights"
+
+
+@pytest.mark.parametrize("name", ["latest.json", "voice-Q2_K.gguf", "runs/run1/MANIFEST.json"])
+@pytest.mark.parametrize("published_before", [False, True])
+def test_a_folder_where_a_file_belongs_is_found_before_the_work(
+    tmp_path: Path, files: Files, name: str, published_before: bool
+) -> None:
+    output = tmp_path / "out"
+    if published_before:
+        release(str(output), files, "earlier")
+        (output / name).unlink(missing_ok=True)
+    (output / name).mkdir(parents=True)
+    with pytest.raises(ConfigError, match=f"{name} is a folder, .* a file was needed there"):
+        refuse_foreign_files(str(output), list(files))
+        find_release(str(output), "run1")
 
 
 def says_created(output: str, name: str, created: object) -> None:

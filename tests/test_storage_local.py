@@ -64,6 +64,51 @@ def test_a_drive_without_hard_links_writes_once(tmp_path: Path, monkeypatch: pyt
     assert store.read("x") == b"one" and len(list(tmp_path.iterdir())) == 1
 
 
+def put_something_else(path: Path, kind: str) -> None:
+    """Where an object should be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("nowhere" if kind == "dangling" else path.name)
+
+
+@pytest.mark.parametrize("kind", ["folder", "dangling", "circle", "pipe"])
+def test_what_is_no_file_is_a_wrong_setting_and_not_an_absent_object(tmp_path: Path, kind: str) -> None:
+    put_something_else(tmp_path / "x", kind)
+    store = open_store(str(tmp_path))
+    for act in (
+        lambda: store.stat("x"),
+        lambda: store.put_if_absent("x", b"1"),
+        lambda: store.compare_and_swap("x", b"1", None),
+    ):
+        with pytest.raises(errors.ConfigError, match=r"x is a folder, .* a file was needed there"):
+            act()
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_link_to_a_file_is_one(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    store.put_if_absent("there", b"1")
+    (tmp_path / "x").symlink_to("there")
+    found = store.stat("x")
+    assert found and found.size == 1 and not store.put_if_absent("x", b"2")
+
+
+def test_a_file_that_is_removed_while_it_is_looked_at_is_absent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(str(tmp_path))
+    for step in ("version_of", "crc32c_of", "refuse_other_than_file"):
+        store.put_if_absent("x", b"1")
+        act = getattr(local, step)
+        with monkeypatch.context() as patch:
+            patch.setattr(local, step, lambda path, act=act: (path.unlink(), act(path)))
+            assert store.stat("x") is None
+
+
 def test_what_is_written_is_synced_up_to_the_folder_that_was_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

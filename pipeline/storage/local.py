@@ -7,6 +7,7 @@ import errno
 import fcntl
 import os
 import shutil
+import stat
 import time
 import uuid
 from collections.abc import Iterator
@@ -73,11 +74,12 @@ class LocalStore:
         self.uri = str(root)
 
     def stat(self, name: str) -> Stat | None:
+        """ConfigError where something stands that is no file: no object is there, and none can be written."""
         path = self._path(name)
-        with translated(path):
-            if not path.is_file():
-                return None
+        with translated(path), suppress(FileNotFoundError, NotADirectoryError):  # perhaps removed just now
+            refuse_other_than_file(path)
             return Stat(path.stat().st_size, version_of(path), crc32c=crc32c_of(path))
+        return None
 
     def get(self, name: str, to: Path) -> None:
         path = self._path(name)
@@ -223,19 +225,32 @@ def sync(path: Path) -> None:
 
 
 def link(temporary: Path, target: Path) -> bool:
-    """Give the finished file its name unless the name is taken."""
+    """Give the finished file its name unless the name is taken; ConfigError if it is, and not by a file."""
     try:
         os.link(temporary, target)
+        return True
     except FileExistsError:
-        return False
+        pass
     except OSError as e:
         if e.errno not in NO_HARD_LINKS:
             raise
         with locked(target.parent):  # a mounted drive without hard links
-            if target.exists():
-                return False
-            temporary.replace(target)
-    return True
+            if not target.exists():
+                temporary.replace(target)
+                return True
+    with suppress(FileNotFoundError):  # perhaps removed just now
+        refuse_other_than_file(target)
+    return False
+
+
+def refuse_other_than_file(path: Path) -> None:
+    """ConfigError for a folder, a link to nothing and the like, where nobody could ever write an object."""
+    mode = path.lstat().st_mode
+    if not (stat.S_ISREG(mode) or (stat.S_ISLNK(mode) and path.is_file())):
+        raise ConfigError(
+            f"{path} is a folder, a link to nothing or a device, and a file was needed there; move it away or choose "
+            "another place"
+        )
 
 
 @contextmanager
