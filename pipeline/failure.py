@@ -103,6 +103,6 @@ class Failures:
         """Empty if it is no record of ours: then it keeps nobody from trying."""
         try:
             content = json.loads(self.store.read(self.name))
-        except (ValueError, RecursionError, InputMissing):
+        except (ValueError, RecursionError, InputMissing, DataError):  # the last: it is larger than any of ours
             return {}
         return content if isinstance(content, dict) and isinstance(content.get("exit_code"), int) else {}

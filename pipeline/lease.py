@@ -13,12 +13,11 @@ import math
 import threading
 import time
 import uuid
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline import process
-from pipeline.errors import InputMissing, QuotesmithError, TryLater
+from pipeline.errors import DataError, InputMissing, QuotesmithError, TryLater
 from pipeline.foreign_text import printable
 from pipeline.manifest import as_json
 from pipeline.retrying import within
@@ -241,9 +240,12 @@ class Lease:
         return True
 
     def _read(self) -> Holder | None:
-        with suppress(InputMissing):
+        try:
             return Holder.parsed(self.store.read(self.name), self.seconds)
-        return None
+        except InputMissing:
+            return None
+        except DataError:  # larger than any of ours
+            return Holder.parsed(b"", self.seconds)
 
 
 def timestamp(seconds: float) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import failure as module
-from pipeline import retrying, signals
+from pipeline import retrying, signals, storage
 from pipeline.bucket import BucketStore
 from pipeline.claim import Claim
 from pipeline.config import JobConfig
@@ -118,6 +118,15 @@ def test_a_file_that_is_no_record_of_ours_keeps_nobody_from_trying(
 ) -> None:
     store.put_if_absent(NAME, content)
     failures(store, cfg).refuse(retry=False)
+
+
+def test_a_file_that_is_larger_than_any_record_keeps_nobody_from_trying(
+    cfg: JobConfig, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "LARGEST_READ", 100)
+    store.put_if_absent(NAME, b'{"exit_code": 65}' + b" " * 100)
+    failures(store, cfg).refuse(retry=False)
+    assert store.stat(NAME) is None
 
 
 def test_no_secret_and_no_second_line_is_kept(cfg: JobConfig, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

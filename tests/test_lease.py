@@ -16,7 +16,7 @@ from typing import cast
 import pytest
 
 from pipeline import lease as module
-from pipeline import process, retrying
+from pipeline import process, retrying, storage
 from pipeline.bucket import BucketStore
 from pipeline.errors import ConfigError, ServiceUnavailable, TargetTaken, TryLater
 from pipeline.lease import Holder, Lease, lease_name
@@ -220,6 +220,14 @@ def test_absurd_numbers_in_a_lease_keep_nobody_waiting_for_longer_than_a_lease_l
 def test_a_damaged_lease_belongs_to_nobody_and_expires(local: Store, content: bytes) -> None:
     local.put_if_absent(NAME, content)
     held(local).release()
+
+
+def test_a_lease_that_is_larger_than_any_belongs_to_nobody_and_expires(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "LARGEST_READ", 1000)
+    store.put_if_absent(NAME, b"x" * 1001)
+    held(store).release()
 
 
 @pytest.mark.parametrize("kind", ["folder", "dangling"])
