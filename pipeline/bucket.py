@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Protocol, TypeVar
 
-from pipeline import process, retrying
+from pipeline import retrying
 from pipeline.arrival import Arrival
 from pipeline.errors import (
     ConfigError,
@@ -31,6 +31,7 @@ from pipeline.storage import (
     check_prefix,
     check_readable,
     crc32c_of,
+    is_abandoned_probe,
     probe_name,
 )
 from pipeline.storage.local import sync, written
@@ -139,15 +140,17 @@ class BucketStore:
     def clear_up(self, folder: str) -> None:
         """Only a probe can be left: an upload that was cut leaves no object."""
         for name, _ in self.list(PROBE):
-            if process.is_gone_signature(name.removeprefix(PROBE).partition("_")[0]):
+            if is_abandoned_probe(name):
                 self.remove(name)
 
     def probe(self) -> None:
         name = probe_name()
         self.put_if_absent(name, b"probe")
-        if self.read(name) != b"probe":
-            raise TransferError(f"{self.uri} did not give back what was written to it; try again")
-        self.remove(name)
+        try:
+            if self.read(name) != b"probe":
+                raise TransferError(f"{self.uri} did not give back what was written to it; try again")
+        finally:
+            self.remove(name)
 
     def _head(self, name: str, deadline: Deadline) -> Stat | None:
         check_name(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -129,10 +130,39 @@ def test_probe_leaves_nothing_behind(store: Store) -> None:
 @pytest.mark.skipif(not process.BOOT_ID.exists(), reason="the system has no /proc")
 def test_the_probe_of_a_killed_process_is_cleared_up_and_that_of_a_live_one_is_not(store: Store) -> None:
     gone = process.signature().rpartition(".")[0] + ".1"  # what had this process's number before
-    store.put_if_absent(f"{PROBE}{gone}_0123", b"probe")
-    store.put_if_absent(probe_name(), b"probe")
+    living = probe_name()
+    store.put_if_absent(living.replace(process.signature(), gone), b"probe")
+    store.put_if_absent(living, b"probe")
     store.clear_up("runs/a")
-    assert [name.rpartition("_")[0] for name, _ in store.list("")] == [f"{PROBE}{process.signature()}"]
+    assert [name for name, _ in store.list("")] == [living]
+
+
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
+def test_the_probe_of_a_process_elsewhere_is_cleared_up_after_an_hour(
+    scheme: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(request.getfixturevalue({"gs": "gcs_bucket_uri", "s3": "s3_bucket_uri"}[scheme]))
+    monkeypatch.setattr(process, "signature", lambda: "")
+    now, names = time.time(), {}
+    for minutes in (-90, -30, 30, 90):
+        with monkeypatch.context() as patch:
+            patch.setattr(storage.time, "time", lambda at=now + 60 * minutes: at)
+            names[minutes] = probe_name()
+            store.put_if_absent(names[minutes], b"probe")
+    store.put_if_absent(f"{PROBE}_0123", b"probe")  # as earlier versions called it
+    store.clear_up("runs/a")
+    assert {name for name, _ in store.list("")} == {names[-30], names[30]}
+
+
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
+def test_a_probe_that_comes_back_otherwise_is_removed_too(
+    scheme: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(request.getfixturevalue({"gs": "gcs_bucket_uri", "s3": "s3_bucket_uri"}[scheme]))
+    monkeypatch.setattr(store, "read", lambda name: b"other")
+    with pytest.raises(errors.TransferError, match="did not give back"):
+        store.probe()
+    assert list(store.list("")) == []
 
 
 @pytest.mark.parametrize("name", ["a b+c", "100%2F.txt", "Büro/q&a=1?.txt", "#x;y", "a\\b", "…/.hidden"])

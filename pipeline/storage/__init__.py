@@ -7,6 +7,7 @@ import base64
 import importlib
 import pkgutil
 import re
+import time
 import unicodedata
 import uuid
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from pipeline.errors import ConfigError, DataError
 CHUNK_BYTES = 1024 * 1024
 LARGEST_READ = 64 * 1024 * 1024  # bytes of an object that is read into memory; markers, manifests and figures have less
 PROBE = ".probe-"
+PROBE_SECONDS = 3600.0  # after which surely nobody is about to read or remove it
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,16 @@ def scheme_of(uri: str) -> str:
 
 
 def probe_name() -> str:
-    return f"{PROBE}{process.signature()}_{uuid.uuid4().hex}"
+    return f"{PROBE}{process.signature()}_{time.time():.0f}_{uuid.uuid4().hex}"
+
+
+def is_abandoned_probe(name: str) -> bool:
+    """Whether its writer was surely killed: seen on its own machine and in its own container, else by the time in the
+    name, which listings of buckets give for nothing."""
+    writer, _, rest = name.removeprefix(PROBE).partition("_")
+    written = re.match("([0-9]{1,12})_", rest)
+    age_seconds = time.time() - int(written[1] if written else 0)
+    return process.is_gone_signature(writer) or abs(age_seconds) > PROBE_SECONDS
 
 
 def check_name(name: str) -> str:
