@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import cached_property
 from glob import glob
 from pathlib import Path
 from typing import TextIO
 
 from pipeline.artifacts import Corpus, Source, sha256_of
 from pipeline.config import DEFAULT_FILES, DataConfig
-from pipeline.errors import ConfigError, DataError, InputMissing
+from pipeline.errors import ConfigError, DataError, InputMissing, TryLater
 from pipeline.progress import bar
 from pipeline.quotes import fold, read_quotes
 from pipeline.storage import Store, check_listed, open_store, scheme_of
@@ -47,12 +48,18 @@ class Input:
         """Of the name alone; `content_hash` tells what is in it."""
         return self.uri
 
+    @cached_property
+    def first_checksum(self) -> str:
+        """As it was when it was first asked for: what stages and runs are named by."""
+        return checksum(self)
+
 
 def fetch(inputs: Sequence[Input], cfg: DataConfig, *, out: Path) -> Corpus:
     """Every distinct quote of the inputs in `out`/quotes.jsonl, in the order read; the first of duplicates stays.
 
     Memory: two hashes for each distinct quote, about 200 bytes. InputMissing (66) names a file that is not there,
-    DataError (65) one that is empty, not UTF-8 text or without a quote.
+    DataError (65) one that is empty, not UTF-8 text or without a quote, TryLater (75) one that is no longer what
+    `content_hash` was made of.
     """
     seen: dict[bytes, bytes] = {}
     path = out / "quotes.jsonl"
@@ -86,7 +93,7 @@ def content_hash(sources: Sequence[Input]) -> str:
 
     The same text has another hash in a bucket than in a folder; only `Source.sha256` is equal in both.
     """
-    lines = "\n".join(f"{source.name} {source.size_bytes} {checksum(source)}" for source in sources)
+    lines = "\n".join(f"{source.name} {source.size_bytes} {source.first_checksum}" for source in sources)
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
@@ -108,7 +115,7 @@ def take(source: Input, cfg: DataConfig, seen: dict[bytes, bytes], file: TextIO,
     if source.size_bytes > cfg.max_file_bytes:
         raise DataError(f"{source.uri} has {source.size_bytes} bytes; split it or raise data.max_file_bytes")
     counts: Counter[str] = Counter()
-    with local_copy(source, out) as path:
+    with local_copy(source, out) as path, unchanged(source, path):
         for text in read_quotes(path, source.uri, cfg):
             key = fold(text)
             fate = judge(text, key, seen)
@@ -129,6 +136,26 @@ def take(source: Input, cfg: DataConfig, seen: dict[bytes, bytes], file: TextIO,
         near_duplicates=counts["near"],
         kept=counts["kept"],
     )
+
+
+@contextmanager
+def unchanged(source: Input, path: Path) -> Iterator[None]:
+    """TryLater, if the file that is read in the block is afterwards not what it was when it was looked at first.
+
+    Else the quotes would go under the name of others. What reading made of a half-written file is not the user's error.
+    """
+    before = source.first_checksum
+
+    def require() -> None:
+        if path.stat().st_size != source.size_bytes or checksum(source) != before:
+            raise TryLater(f"{source.uri} changed while it was read; run again when nobody writes to it")
+
+    try:
+        yield
+    except DataError:
+        require()
+        raise
+    require()
 
 
 def judge(text: str, key: str, seen: dict[bytes, bytes]) -> str:

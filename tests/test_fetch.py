@@ -5,16 +5,19 @@ import json
 import logging
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from pipeline import fetch as module
 from pipeline import retrying
 from pipeline.artifacts import Corpus, sha256_of
 from pipeline.config import DataConfig
-from pipeline.errors import ConfigError, DataError, InputMissing, ServiceUnavailable
+from pipeline.errors import ConfigError, DataError, InputMissing, ServiceUnavailable, TryLater
 from pipeline.fetch import content_hash, fetch, resolve
-from pipeline.quotes import fold
+from pipeline.quotes import fold, read_quotes
 from pipeline.storage import open_store
 
 Texts = dict[str, str]
@@ -255,3 +258,26 @@ def test_a_file_name_with_a_control_character_is_refused_in_a_sentence(tmp_path)
     with pytest.raises(DataError, match="control character") as caught:
         resolve((str(tmp_path),), DataConfig())
     assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("moment", ["before", "while"])
+@pytest.mark.parametrize("content", [b"Another one\n", b"Longer than what was there before\n", b"\xff\xff\n"])
+def test_an_input_that_changes_after_it_was_hashed_is_not_read_under_that_name(
+    place: Place, out: Path, tmp_path: Path, content: bytes, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = place.fill({"a.txt": "First quote\n"})
+    (tmp_path / "new").write_bytes(content)
+    inputs = resolve((uri,), DataConfig(files=("a.txt",)))
+    content_hash(inputs)
+
+    def change_and_read(*of: Any) -> Iterator[str]:
+        open_store(uri).put("a.txt", tmp_path / "new")
+        return read_quotes(*of)
+
+    if moment == "before":
+        open_store(uri).put("a.txt", tmp_path / "new")
+    else:
+        monkeypatch.setattr(module, "read_quotes", change_and_read)
+    with pytest.raises(TryLater, match=r"a\.txt changed while it was read; run again") as caught:
+        fetch(inputs, DataConfig(), out=out)
+    assert caught.value.exit_code == 75
