@@ -24,9 +24,9 @@ NO_IMPORTANCE = {**STOCK, "quantize.importance": "false"}
 WAYS: dict[str, dict[str, str]] = {
     **{f"{method}, stock Q2_K": {**NO_IMPORTANCE, "sparsity.method": method} for method in METHODS},
     **{f"{method}, stock Q2_K with importance matrix": {**STOCK, "sparsity.method": method} for method in METHODS},
-    "sparsegpt, our encoder": {"recover.steps": "0", "finish.steps": "0"},
-    "sparsegpt, recovery, stock Q2_K with importance matrix": {"finish.steps": "0", "quantize.encoder": "llama.cpp"},
-    "sparsegpt, recovery, our encoder": {"finish.steps": "0"},
+    "refit, our encoder": {"recover.steps": "0", "finish.steps": "0"},
+    "refit, recovery, stock Q2_K with importance matrix": {"finish.steps": "0", "quantize.encoder": "llama.cpp"},
+    "refit, recovery, our encoder": {"finish.steps": "0"},
     "the same, vectors finished": {"finish.train": "vectors"},
     "the default: all of it": {},
     "the default, zeros kept": {"sparsity.keep_zeros": "true"},
