@@ -20,6 +20,10 @@ from pipeline.marks import CLOSING, RIGHT, strip_marks
 CHUNK_BYTES = 1024 * 1024
 JSON_LINES = (".jsonl", ".ndjson", ".json")  # a .json that is one array is refused with its line, not read as prose
 GZIP = b"\x1f\x8b"
+# A gzip that has come to so many bytes must not have grown more than so many times: text shrinks to a tenth or so, and
+# 8 MB that are 8 GiB of empty lines would take hours.
+UNSUSPICIOUS_BYTES = 64 * 1024 * 1024
+MOST_GROWTH = 200
 BOM = b"\xef\xbb\xbf"
 FOREIGN_BOMS = {  # the longer first: UTF-32's little-endian mark begins with UTF-16's
     b"\xff\xfe\0\0": "UTF-32",
@@ -133,6 +137,11 @@ def chunks(path: Path, name: str, max_bytes: int) -> Iterator[bytes]:
                     raise DataError(
                         f"{name} is larger than {max_bytes} bytes after decompression; split it or raise "
                         "data.max_file_bytes"
+                    )
+                if packed and total > max(UNSUSPICIOUS_BYTES, MOST_GROWTH * raw.tell()):
+                    raise DataError(
+                        f"{name} grows to more than {MOST_GROWTH} times its size when unpacked, which no text does; "
+                        "look what it holds, or give it unpacked"
                     )
                 yield chunk
         except (EOFError, gzip.BadGzipFile, zlib.error) as e:

@@ -86,6 +86,15 @@ def test_a_line_of_50_megabytes_is_refused_without_reading_it_whole(tmp_path: Pa
     assert peak < 20_000_000
 
 
+def test_a_gzip_that_grows_as_no_text_does_is_refused_long_before_its_end(tmp_path: Path) -> None:
+    line = b"a" * 100_000 + b"\n"
+    with pytest.raises(DataError, match=r"q\.txt grows to more than 200 times its size .* no text") as caught:
+        quotes(tmp_path, gzip.compress(line * 680))
+    assert caught.value.exit_code == 65 and "\n" not in str(caught.value)
+    assert len(quotes(tmp_path, gzip.compress(line * 600))) == 600  # too small to be worth a suspicion
+    assert len(quotes(tmp_path, line * 680)) == 680
+
+
 def test_a_gzip_bomb_of_short_lines_stops_at_the_limit(tmp_path: Path) -> None:
     bomb = gzip.compress(b"a quote\n" * 1_000_000)
     with pytest.raises(DataError, match="larger than 100000 bytes after decompression"):
