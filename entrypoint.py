@@ -69,7 +69,12 @@ def settled(context: click.Context, config_file: str | None) -> Resolved:
 def run(context: click.Context, config_file: str | None, retry_failed: bool) -> None:
     """Run the whole job and publish the release."""
     resolved = settled(context, config_file)
-    platforms.require_one_node(context.obj.platform)
+    if resolved.config.nodes.rank:
+        from pipeline.team.follower import follow
+
+        with signals.unwinding():
+            follow(resolved.config)
+        return
     from pipeline import job, report
 
     with signals.unwinding():

@@ -63,11 +63,15 @@ class Checkpoints:
         that was overtaken: nobody goes on from its checkpoints, and the hours cost money.
         """
         self._save(step, write)
-        if self.mirror:
-            self.mirror.require_not_overtaken()
+        self.require_wanted()
         if signals.is_stopping():
             self._wait()
             signals.stop()
+
+    def require_wanted(self) -> None:
+        """Raises `TryLater` in a start that was overtaken."""
+        if self.mirror:
+            self.mirror.require_not_overtaken()
 
     def newest(self) -> Path | None:
         """The newest whole checkpoint, brought from the bucket if it is not here; those that are torn are passed over.

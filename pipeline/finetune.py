@@ -24,6 +24,9 @@ from pipeline.config import TrainConfig
 from pipeline.device import choose_precision
 from pipeline.errors import CheckFailed, ConfigError
 from pipeline.fourbit import load_nf4
+from pipeline.team import Team, together
+from pipeline.team.lesson import Keeping, Lesson
+from pipeline.team.worker import KeptElsewhere
 from pipeline.tokens import load_split
 from pipeline.trainer import QuoteTrainer, callbacks
 
@@ -40,31 +43,62 @@ def finetune(
     device: str,
     seed: int,
     out: Path,
+    team: Team | None = None,
     checkpoints: Checkpoints | None = None,
 ) -> Checkpoint:
     """`base` trained on the train split, whole and in fp32, in `out`/model; TensorBoard logs in `out`/tensorboard.
 
     Goes on from the newest of `checkpoints`; on a CPU the result is to the bit that of a training which never stopped.
-    Weights and optimizer state are fp32 whatever `cfg.precision`. LoRA and QLoRA are merged. Raises `CheckFailed`
-    (code 70) when the loss is not finite, `ConfigError` when one example does not fit into the GPU.
+    Weights and optimizer state are fp32 whatever `cfg.precision`. LoRA and QLoRA are merged. The `team` trains with
+    several processes if it has them, which changes the result by no more than rounding. Raises `CheckFailed` (code 70)
+    when the loss is not finite, `ConfigError` when one example does not fit into the GPU.
     """
-    splits = {split: load_split(tokens, split) for split in ("train", "validation", "holdout")}
-    batch_size = cfg.batch_size
+    gpus = torch.cuda.device_count() if device == "cuda" else 0
+    processes = team.processes(cfg, gpus) if team else 1
+    share = cfg.batch_size * cfg.accumulation // processes
+    batch_size = largest_divisor(share, cfg.batch_size)
     while True:
-        for leftover in ("trainer", curves.FOLDER):
-            shutil.rmtree(out / leftover, ignore_errors=True)
         try:
-            trainer, model = train(base, splits, cfg, batch_size, device, seed, out, checkpoints)
+            if team and processes > 1:
+                keeping = Keeping.of(checkpoints) if checkpoints else None
+                lesson = Lesson(base, tokens, cfg, batch_size, device, seed, out, keeping)
+                facts = team.train(lesson, gpus, checkpoints.require_wanted if checkpoints else lambda: None)
+            else:
+                facts = train_here(base, tokens, cfg, batch_size, device, seed, out, checkpoints)
             break
         except torch.cuda.OutOfMemoryError as e:
             batch_size = smaller_batch(batch_size, e)
         gc.collect()  # outside the except block, whose traceback keeps the tensors alive
         torch.cuda.empty_cache()
+    return Checkpoint.of(out / "model", facts)
+
+
+def train_here(
+    base: Checkpoint,
+    tokens: TokenDataset,
+    cfg: TrainConfig,
+    batch_size: int,
+    device: str,
+    seed: int,
+    out: Path,
+    checkpoints: Checkpoints | KeptElsewhere | None,
+) -> Facts:
+    """This process's part of the training, which is all of it unless it is one of several; the first writes the model
+    to `out`. Returns what was measured."""
+    for leftover in ("trainer", curves.FOLDER):
+        shutil.rmtree(out / leftover, ignore_errors=True)
+    splits = {split: load_split(tokens, split) for split in ("train", "validation", "holdout")}
+    trainer, model = train(base, splits, cfg, batch_size, device, seed, out, checkpoints)
     facts = measured(trainer, splits, cfg, device, batch_size) | {"total_parameters": model.num_parameters()}
     shutil.rmtree(out / "trainer", ignore_errors=True)
-    model.save_pretrained(out / "model")
-    base.copy_tokenizer(out / "model")
-    return Checkpoint.of(out / "model", facts)
+    if together.rank() == 0:
+        model.save_pretrained(out / "model")
+        base.copy_tokenizer(out / "model")
+    return facts
+
+
+def largest_divisor(of: int, at_most: int) -> int:
+    return max(size for size in range(1, min(of, at_most) + 1) if of % size == 0)
 
 
 def smaller_batch(batch_size: int, error: torch.cuda.OutOfMemoryError) -> int:
@@ -74,7 +108,7 @@ def smaller_batch(batch_size: int, error: torch.cuda.OutOfMemoryError) -> int:
             "the GPU's memory does not hold one example a step; set train.gradient_checkpointing true, "
             "tokens.max_length lower or train.method qlora, or take a larger GPU"
         ) from error
-    smaller = max(size for size in range(1, batch_size) if batch_size % size == 0)
+    smaller = largest_divisor(batch_size, batch_size - 1)
     log.warning("finetune: out of GPU memory with %d examples a batch, trying %d", batch_size, smaller)
     return smaller
 
@@ -87,7 +121,7 @@ def train(
     device: str,
     seed: int,
     out: Path,
-    checkpoints: Checkpoints | None,
+    checkpoints: Checkpoints | KeptElsewhere | None,
 ) -> tuple[QuoteTrainer, PreTrainedModel]:
     """The finished trainer and the dense model."""
     torch.manual_seed(seed)  # adapters are drawn before the Trainer sets its seed
@@ -104,7 +138,7 @@ def train(
         checkpoints=checkpoints,
     )
     trainer.remove_callback(PrinterCallback)  # it prints every logged line to standard output
-    trainer.train_on()
+    trainer.train_on(together.brought(checkpoints.newest() if checkpoints else None, out / "checkpoint"))
     require_finished(trainer, cfg)
     model.config.use_cache = use_cache  # the Trainer turns it off, and it would be saved
     dense = merged(trainer.model, load_dense(base)) if isinstance(trainer.model, PeftModel) else model
@@ -124,7 +158,7 @@ def load_dense(base: Checkpoint) -> PreTrainedModel:
 def trainer_arguments(
     cfg: TrainConfig, batch_size: int, examples: int, device: str, seed: int, out: Path
 ) -> TrainingArguments:
-    accumulation = cfg.accumulation * cfg.batch_size // batch_size
+    accumulation = cfg.accumulation * cfg.batch_size // batch_size // together.size()
     precision = choose_precision(cfg.precision, device).name
     steps = optimizer_steps(examples, cfg)
     arguments = TrainingArguments(
@@ -158,6 +192,7 @@ def trainer_arguments(
         remove_unused_columns=False,  # the collator takes what it needs
         label_names=["labels"],  # not found by itself behind a PEFT wrapper
         dataloader_pin_memory=device == "cuda",
+        ddp_find_unused_parameters=False,  # there are none, and looking for them takes time
         disable_tqdm=True,
         report_to="none",
     )
@@ -192,6 +227,7 @@ def measured(
         "examples": len(splits["train"]),
         "batch_size": batch_size,
         "accumulation": trainer.args.gradient_accumulation_steps,
+        "processes": together.size(),
         "steps": trainer.state.global_step,
         "planned_steps": trainer.state.max_steps,
         "epochs": trainer.state.epoch,

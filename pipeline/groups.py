@@ -32,6 +32,12 @@ def dies_with_this() -> Callable[[], None] | None:
     return tie
 
 
+def die_with_parent() -> None:
+    """The same for this process, which somebody else has started."""
+    if sys.platform.startswith("linux"):
+        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def kill(group: int) -> None:
     with suppress(ProcessLookupError, PermissionError):  # PermissionError: macOS, for one that is dead already
         os.killpg(group, signal.SIGKILL)

@@ -38,6 +38,7 @@ from pipeline.settings import Resolved
 from pipeline.sparsify import sparsify
 from pipeline.stage import Stages
 from pipeline.storage import open_store
+from pipeline.team import Team
 from pipeline.tokens import tokenize
 from pipeline.versions import versions
 
@@ -48,7 +49,7 @@ log = logging.getLogger(__name__)
 # same files are another release.
 NOT_IN_RUN_ID: dict[str, Any] = {
     **dict.fromkeys(("input", "output", "work_dir", "llama_cpp", "log_format", "tensorboard"), True),
-    **dict.fromkeys(("resume", "lease", "grace_seconds"), True),
+    **dict.fromkeys(("resume", "lease", "grace_seconds", "nodes"), True),
     "calibration": {"text"},
     "model": {"base", "revision"},  # a path or an id; what it holds is identified by its hash or commit
 }
@@ -82,11 +83,11 @@ class Made:
 
 
 def run(resolved: Resolved, *, retry_failed: bool = False) -> Outcome:
-    with Claim(resolved.config, retry_failed=retry_failed) as claim:
-        return walk(resolved, claim)
+    with Team(resolved.config.nodes) as team, Claim(resolved.config, retry_failed=retry_failed) as claim:
+        return walk(resolved, claim, team)
 
 
-def walk(resolved: Resolved, claim: Claim) -> Outcome:
+def walk(resolved: Resolved, claim: Claim, team: Team) -> Outcome:
     """From settings to release; a folder of the work that is removed meanwhile is the machine's error."""
     cfg = resolved.config
     disable_progress_bar()  # one for every model that is loaded; the long steps have bars of their own
@@ -96,10 +97,10 @@ def walk(resolved: Resolved, claim: Claim) -> Outcome:
     claim.work_folder()
     stages = Stages(cfg.work_dir, cfg.resume)
     with errors_translated(cfg.work_dir, stages.folders):
-        return released(resolved, claim, stages, ground)
+        return released(resolved, claim, stages, ground, team)
 
 
-def released(resolved: Resolved, claim: Claim, stages: Stages, ground: Ground) -> Outcome:
+def released(resolved: Resolved, claim: Claim, stages: Stages, ground: Ground, team: Team) -> Outcome:
     cfg, tools = resolved.config, ground.tools
     refuse_foreign_files(cfg.output, plain_names(cfg))
     given = look_up(stages, cfg, tools.version)
@@ -111,7 +112,7 @@ def released(resolved: Resolved, claim: Claim, stages: Stages, ground: Ground) -
         return already_there(release, cfg)
     refuse_rejected(cfg.output, cfg.gate, given.run_id, plain_names(cfg))
 
-    made = make(stages, given, cfg, ground)
+    made = make(stages, given, cfg, ground, team)
     figures = gather(resolved, given, made, stages, tools.version)
     files = lay_out(cfg, given.run_id, figures, made.finished, made.final)
     try:
@@ -133,7 +134,7 @@ def look_up(stages: Stages, cfg: JobConfig, llama_cpp: str) -> Given:
     return Given(corpus, text, source, run_id_of(cfg, corpus, text, source, llama_cpp))
 
 
-def make(stages: Stages, given: Given, cfg: JobConfig, ground: Ground) -> Made:
+def make(stages: Stages, given: Given, cfg: JobConfig, ground: Ground, team: Team) -> Made:
     """The stages, from base model to measured files."""
     tools, device = ground
     base = stages.run(obtain, cfg.model, outside=given.source)
@@ -142,7 +143,8 @@ def make(stages: Stages, given: Given, cfg: JobConfig, ground: Ground) -> Made:
     stages.needs = needs_of(base, cfg)
     tokens = stages.run(tokenize, given.corpus, base, cfg.tokens)
     where: dict[str, Any] = {"device": device.name, "seed": cfg.seed}
-    tuned = stages.run(finetune, base, tokens, cfg.train, **where)
+    tuned = stages.run(finetune, base, tokens, cfg.train, **where, team=team)
+    team.dismiss()
     curves.show(tuned, cfg.tensorboard)
     calibration = stages.run(calibrate, tuned, tokens, given.text, cfg.calibration, cfg.tokens, **where)
     pruned = stages.run(sparsify, tuned, calibration, cfg.sparsity, **where)

@@ -42,6 +42,7 @@ class Mirror:
     """
 
     def __init__(self, output: str, run_id: str, owner: Owner | None = None) -> None:
+        self.output, self.run_id = output, run_id
         self.store, self.owner = open_store(output), owner
         self.root = f"runs/{run_id}/checkpoints"
 

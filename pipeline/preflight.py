@@ -23,6 +23,7 @@ from pipeline.quant_types import check_types
 from pipeline.sparsify import check_method, check_pattern
 from pipeline.stage import place_of_copies
 from pipeline.storage import open_store
+from pipeline.team import processes_of_a_node
 from pipeline.work_folder import check_work_dir
 
 
@@ -39,6 +40,7 @@ def preflight(cfg: JobConfig) -> Ground:
     check_types(cfg.quantize.types, cfg.quantize.importance)
     device = choose_device(cfg.device)
     choose_precision(cfg.train.precision, device.name)
+    processes_of_a_node(cfg.train, cfg.nodes, torch.cuda.device_count() if device.name == "cuda" else 0)
     check_work_dir(cfg.work_dir)
     tools = llama_cpp.find(cfg.llama_cpp)
     llama_cpp.require_programs_start(tools)

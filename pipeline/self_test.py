@@ -89,7 +89,7 @@ def packages() -> Part:
 
 
 def platform_of(platform: Platform, cfg: JobConfig) -> Part:
-    nodes = platform.nodes()
+    nodes = cfg.nodes
     where = f"node {nodes.rank + 1} of {nodes.count}, " if nodes.count > 1 else ""
     return Part("platform", f"{platform.name}, {where}{cfg.grace_seconds:g} s from SIGTERM to SIGKILL")
 

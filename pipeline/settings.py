@@ -101,7 +101,8 @@ def resolve(
     if config_file:
         sources.append(from_file(config_file))
     if platform:
-        sources.append(from_platform(platform.places(), platform.name))
+        places = {**platform.places(), **platform.nodes().places(platform.name)}
+        sources.append(from_platform(places, platform.name))
     values: dict[str, Any] = {}
     origins = {setting.key: "default" for setting in all_settings()}
     for given, where in reversed(sources):

@@ -133,6 +133,11 @@ def is_stopping() -> bool:
     return state.received is not None
 
 
+def heard_of() -> None:
+    """Another process of the same work is to stop, and this one with it. For one that handles no signals itself."""
+    state.received = state.received or signal.SIGTERM
+
+
 def on_signal(number: int, frame: FrameType | None) -> None:
     """Where nothing unwinds, and at a second signal, the thread ends the process within milliseconds."""
     if number == signal.SIGHUP:

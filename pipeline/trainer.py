@@ -7,10 +7,12 @@ import json
 import logging
 import math
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from transformers import (
     EarlyStoppingCallback,
@@ -26,10 +28,12 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import EvalLoopOutput
 
-from pipeline import progress
+from pipeline import progress, signals
 from pipeline.checkpoints import Checkpoints, step_of
 from pipeline.collate import IGNORED
 from pipeline.errors import CheckFailed
+from pipeline.team import together
+from pipeline.team.worker import KeptElsewhere
 
 log = logging.getLogger(__name__)
 
@@ -55,21 +59,23 @@ def callbacks(early_stopping: int, fp16: bool, tensorboard: Path) -> list[Traine
 class QuoteTrainer(Trainer):  # type: ignore[misc]
     """The Trainer, with a held-out loss over tokens and with `checkpoints`."""
 
-    def __init__(self, *args: Any, checkpoints: Checkpoints | None = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, checkpoints: Checkpoints | KeptElsewhere | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.checkpoints = checkpoints
         self.checkpoint_wanted = False
-        self.resumed = 0  # step of the checkpoint that training went on from
+        self.found: Path | None = None  # the checkpoint that training went on from
+        self.resumed = 0  # its step
         self.tokens_before = 0
+        self.random_states: list[bytes] = []  # of every process, by rank
         if checkpoints:
             self.add_callback(Keeper(self, checkpoints))
 
-    def train_on(self) -> None:
-        """`train()`, from the newest whole checkpoint if there is one."""
-        found = self.checkpoints.newest() if self.checkpoints else None
+    def train_on(self, found: Path | None) -> None:
+        """`train()`, from the checkpoint `found` if there is one."""
         if found is None:
             self.train()
             return
+        self.found = found
         self.resumed = step_of(found)
         log.info("finetune: goes on from its checkpoint at step %d", self.resumed)
         self.train(resume_from_checkpoint=str(found / STATE))
@@ -79,6 +85,8 @@ class QuoteTrainer(Trainer):  # type: ignore[misc]
         if self.state.best_global_step == self.state.global_step:
             super()._save_checkpoint(model, trial)
         if self.checkpoints and self.checkpoint_wanted and not self.control.should_training_stop:
+            self.store_flos()  # this and the next are every process's work; the rest is the first one's
+            self.random_states = together.collected(self.random_state())
             self.checkpoints.save(self.state.global_step, self.write_checkpoint)
             self.checkpoint_wanted = False
 
@@ -89,8 +97,8 @@ class QuoteTrainer(Trainer):  # type: ignore[misc]
         (state / TRAINING_ARGS_NAME).unlink()  # a pickle that is never read
         self._save_optimizer_and_scheduler(str(state))
         self._save_scaler(str(state))
-        self._save_rng_state(str(state))
-        self.store_flos()
+        for rank, data in enumerate(self.random_states):
+            (state / random_file(rank)).write_bytes(data)
         stateful = [c for c in (*self.callback_handler.callbacks, self.control) if isinstance(c, ExportableState)]
         self.state.stateful_callbacks = {type(callback).__name__: callback.state() for callback in stateful}
         self.state.save_to_json(str(state / TRAINER_STATE_NAME))
@@ -101,16 +109,27 @@ class QuoteTrainer(Trainer):  # type: ignore[misc]
             for path in Path(self.state.best_model_checkpoint).glob("*.safetensors*"):
                 shutil.copyfile(path, folder / BEST / path.name)
 
+    def random_state(self) -> bytes:
+        """What `train` restores, of this process."""
+        with tempfile.TemporaryDirectory() as folder:
+            self._save_rng_state(folder)
+            return (Path(folder) / random_file(together.rank())).read_bytes()
+
     def read_checkpoint(self, folder: Path) -> None:
         """What `train` does not restore by itself; to be called when it has begun."""
         curve = json.loads((folder / CURVE).read_text())
         self._tr_loss += curve["loss"]
         self._globalstep_last_logged = curve["step"]
         self.tokens_before = self.state.num_input_tokens_seen
-        if (folder / BEST).is_dir():
+        if (folder / BEST).is_dir() and together.rank() == 0:
             best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
             shutil.copytree(folder / BEST, best)
             self.state.best_model_checkpoint = str(best)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """Whole, in every process: accelerate would deal out examples, and some twice, to give all equally many."""
+        dataset = self.eval_dataset[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
+        return DataLoader(dataset, batch_size=self.args.eval_batch_size, collate_fn=self.data_collator)
 
     def evaluation_loop(
         self, dataloader: Any, description: str, *_: Any, metric_key_prefix: str = "eval", **__: Any
@@ -119,13 +138,15 @@ class QuoteTrainer(Trainer):  # type: ignore[misc]
         token of a short quote weighs more than one of a long quote, by an amount that hangs on the batch size."""
         model = self.model.eval()
         total = torch.zeros(2, dtype=torch.float64)  # loss, tokens
-        for batch in dataloader:
+        for number, batch in enumerate(dataloader):
+            if number % together.size() != together.rank():
+                continue
             inputs = self._prepare_inputs(batch)
             predicted = int((inputs["labels"][:, 1:] != IGNORED).sum())
             with torch.no_grad(), self.compute_loss_context_manager():
                 loss = model(**inputs).loss
             total += torch.tensor([loss.item() * predicted, predicted])
-        loss_sum, tokens = total.tolist()
+        loss_sum, tokens = together.summed(total).tolist()
         metrics = {f"{metric_key_prefix}_loss": loss_sum / tokens}
         return EvalLoopOutput(None, None, metrics, num_samples=len(dataloader.dataset))
 
@@ -162,17 +183,20 @@ class StopAtNonFinite(TrainerCallback):  # type: ignore[misc]
 class Keeper(TrainerCallback):  # type: ignore[misc]
     """Has a checkpoint written when one is due."""
 
-    def __init__(self, trainer: QuoteTrainer, checkpoints: Checkpoints) -> None:
+    def __init__(self, trainer: QuoteTrainer, checkpoints: Checkpoints | KeptElsewhere) -> None:
         self.trainer, self.checkpoints = trainer, checkpoints
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        if self.trainer.resumed:
-            self.trainer.read_checkpoint(self.checkpoints.at(self.trainer.resumed))
+        if self.trainer.found:
+            self.trainer.read_checkpoint(self.trainer.found)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step == state.max_steps:
             return  # the result follows at once
-        if self.checkpoints.due(state.global_step):
+        due, stopping = together.any_of(self.checkpoints.due(state.global_step), signals.is_stopping())
+        if stopping:
+            signals.heard_of()
+        if due:
             self.trainer.checkpoint_wanted = True
         # At the end of an epoch the hold-out is still to be scored. A checkpoint from before that would go on with the
         # next epoch, and neither the curve nor the choice of the best epoch would know of this one.
@@ -189,3 +213,8 @@ class Bar(ProgressCallback):  # type: ignore[misc]
 
     def on_log(self, *_: Any, **__: Any) -> None:
         pass
+
+
+def random_file(rank: int) -> str:
+    """The Trainer's name for a process's random state."""
+    return "rng_state.pth" if together.size() == 1 else f"rng_state_{rank}.pth"

@@ -10,7 +10,7 @@ from typing import Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from pipeline.config.judging import SAMPLING, EvaluateConfig, GateConfig, PublishConfig
-from pipeline.config.running import LeaseConfig, ResumeConfig
+from pipeline.config.running import LeaseConfig, NodesConfig, ResumeConfig
 from pipeline.config.section import ReleaseName, Section
 from pipeline.config.shrinking import (
     CalibrationConfig,
@@ -46,6 +46,7 @@ __all__ = [
     "JobConfig",
     "LeaseConfig",
     "ModelConfig",
+    "NodesConfig",
     "PublishConfig",
     "QuantizeConfig",
     "RecoverConfig",
@@ -94,6 +95,7 @@ class JobConfig(Section):
     publish: PublishConfig = PublishConfig()
     resume: ResumeConfig = ResumeConfig()
     lease: LeaseConfig = LeaseConfig()
+    nodes: NodesConfig = NodesConfig()
 
     @field_validator("work_dir")
     @classmethod
@@ -119,4 +121,9 @@ class JobConfig(Section):
             )
         if self.device == "cpu" and self.train.precision == "fp16":
             raise ValueError("train.precision fp16 needs a GPU, but device is cpu; use fp32 or bf16")
+        if self.train.sharding == "full" and (self.device == "cpu" or self.train.method != "full"):
+            raise ValueError(
+                "train.sharding full splits all weights of a model over several GPUs; it needs train.method full and "
+                "device auto or cuda"
+            )
         return self

@@ -1,10 +1,10 @@
-"""Restarts, and several starts of one run."""
+"""Restarts, several starts of one run, and several machines for one."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipeline.config.section import Section
 
@@ -42,3 +42,29 @@ class LeaseConfig(Section):
     wait_seconds: float = Field(
         0, ge=0, description="How long to wait for another start of the same run before ending with code 75."
     )
+
+
+class NodesConfig(Section):
+    """Machines and GPUs that train together. None of it changes the result by more than rounding."""
+
+    count: int = Field(1, ge=1, le=1000, description="Machines that train together, each with this command.")
+    rank: int = Field(0, ge=0, description="Which of them this is; 0 does all the rest of the job, too.")
+    master: str = Field("localhost", min_length=1, description="Name or address of machine 0.")
+    port: int = Field(
+        29500, ge=1, le=65534, description="Port of machine 0 where they meet; the next one is used, too."
+    )
+    processes: int = Field(
+        0,
+        ge=0,
+        description="Training processes on each machine; 0: as many as it has GPUs and a step can be split over.",
+    )
+    wait_seconds: float = Field(900, ge=1, description="How long machines wait for each other to come.")
+    lost_seconds: float = Field(
+        60, ge=3, description="A machine that is silent for so long is taken for lost, and training ends with code 75."
+    )
+
+    @model_validator(mode="after")
+    def rank_is_one_of_them(self) -> Self:
+        if self.rank >= self.count:
+            raise ValueError(f"nodes.rank is {self.rank}, but nodes.count is {self.count}; ranks begin at 0")
+        return self

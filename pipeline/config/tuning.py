@@ -80,7 +80,9 @@ class TrainConfig(Section):
     epochs: float = Field(2, gt=0, description="Passes over the training quotes.")
     max_steps: int = Field(0, ge=0, description="Stop after this many optimizer steps; 0: epochs decide.")
     batch_size: int = Field(4, ge=1, description="Examples a step on one device.")
-    accumulation: int = Field(4, ge=1, description="Batches whose gradients are added up for one step.")
+    accumulation: int = Field(
+        4, ge=1, description="Batches whose gradients are added up for one step, by all devices together."
+    )
     learning_rate: float = Field(3e-4, gt=0, le=1, description="The highest learning rate of the schedule.")
     weight_decay: float = Field(0.01, ge=0, le=1, description="AdamW's pull of the weights to zero.")
     warmup_ratio: Share = Field(0.0, description="Share of the steps over which the learning rate rises.")
@@ -101,6 +103,11 @@ class TrainConfig(Section):
         0, ge=0, description="Stop after this many epochs without a lower validation loss; 0: never."
     )
     gradient_checkpointing: bool = Field(False, description="Trade a third more time for less memory.")
+    sharding: Literal["none", "full"] = Field(
+        "none",
+        description="none: each GPU holds the whole model (DDP). full: weights, gradients and optimizer are split over "
+        "all GPUs (FSDP), for models that one cannot hold.",
+    )
 
 
 class FourbitConfig(Section):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -32,6 +32,12 @@ class Nodes:
     rank: int = 0
     master: str = "localhost"
     port: int = MASTER_PORT
+
+    def places(self, platform: str) -> Values:
+        """The settings that say so; none for one machine."""
+        if self.count == 1:
+            return {}
+        return {f"nodes.{name}": (value, f"{platform}'s nodes") for name, value in asdict(self).items()}
 
 
 class Platform(Protocol):
@@ -66,13 +72,6 @@ def find(env: Mapping[str, str], root: Path) -> Platform:
 
 def here() -> Platform:
     return find(os.environ, Path("/"))
-
-
-def require_one_node(platform: Platform) -> None:
-    """Several nodes would each do the whole job."""
-    count = platform.nodes().count
-    if count > 1:
-        raise ConfigError(f"{platform.name} gives this job {count} nodes, but it runs on one; ask for one node")
 
 
 def integer(env: Mapping[str, str], name: str, default: int | None = None) -> int:

@@ -1,0 +1,277 @@
+"""Where the machines of a job meet: a key-value store of torch's (TCPStore) on machine 0. Through it they learn what to
+train and how it ended, and each shows the others that it lives.
+
+torch.distributed by itself does not notice a machine that was switched off: with NCCL the others wait for half an hour,
+in a store's call for ever. So a thread of its own does all the talking, and everybody else asks only what it has heard.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable
+from datetime import timedelta
+
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch.distributed has no __all__
+
+from pipeline import signals
+from pipeline.config import NodesConfig
+from pipeline.errors import ConfigError, TryLater
+from pipeline.stage import code_digest
+from pipeline.team.verdict import Verdict
+
+log = logging.getLogger(__name__)
+
+BEAT_SECONDS = 1.0
+CONNECT_SECONDS = 5.0  # of one try; between two of them a signal is looked at
+PATIENCE_SECONDS = 0.2
+LAST_WORD_SECONDS = 3.0  # in which the others hear of the end
+CAUSE_SECONDS = 10.0  # in which others say what they ended of, when this one's processes lost theirs
+# After another machine's processes have ended, ours may take this long: they save a model, or copy a checkpoint.
+ENDING_SECONDS = 600.0
+MACHINE = "machine/{}"
+ORDER = "order/{}"
+VERDICT = "verdict/{}/{}"
+LEFT = "left/{}"
+END = "end"
+
+
+class Line(threading.Thread):
+    """Says what it is given, and its own beat, and hears the keys of `wanted`, once a second."""
+
+    def __init__(self, store: TCPStore, rank: int, wanted: Callable[[], Iterable[str]]) -> None:
+        super().__init__(name="meeting", daemon=True)
+        self.store, self.wanted = store, wanted
+        self.me = MACHINE.format(rank)
+        self.id = uuid.uuid4().hex
+        self.beats = 0
+        self.heard: dict[str, bytes] = {}
+        self.changed_at: dict[str, float] = {}  # on the clock of time.monotonic
+        self.last_at = time.monotonic()
+        self.broken = ""
+        self._to_say: dict[str, str] = {}
+        self._wake, self._closed = threading.Event(), False
+
+    def say(self, key: str, value: str) -> None:
+        self._to_say[key] = value
+        self._wake.set()
+
+    def was_said(self, seconds: float) -> bool:
+        """Whether everything was, waiting for that for a while."""
+        end = time.monotonic() + seconds
+        while self._to_say and not self.broken and time.monotonic() < end:
+            time.sleep(PATIENCE_SECONDS / 4)
+        return not self._to_say
+
+    def close(self) -> None:
+        self._closed = True
+        self._wake.set()
+
+    def silence(self, key: str) -> float:
+        """Seconds since the key had another value; since it was looked for first, if it has none."""
+        return time.monotonic() - self.changed_at.setdefault(key, time.monotonic())
+
+    def run(self) -> None:
+        while not self._closed:
+            try:
+                self._exchange()
+            except RuntimeError as e:  # the base of all that torch.distributed raises
+                self.broken = " ".join(str(e).split())[:200] or type(e).__name__
+                return
+            self._wake.wait(BEAT_SECONDS)
+            self._wake.clear()
+
+    def _exchange(self) -> None:
+        self.beats += 1
+        self.store.set(self.me, json.dumps({"id": self.id, "beat": self.beats, "code": code_digest()}))
+        for key, said in list(self._to_say.items()):
+            self.store.set(key, said)
+            del self._to_say[key]
+        for key in self.wanted():
+            if self.store.check([key]) and (value := self.store.get(key)) != self.heard.get(key):
+                self.heard[key] = value
+                self.changed_at[key] = time.monotonic()
+        self.last_at = time.monotonic()
+
+
+class Host:
+    """Machine 0's side."""
+
+    def __init__(self, cfg: NodesConfig) -> None:
+        self.cfg = cfg
+        self.others = range(1, cfg.count)
+        self.number = 0  # of the last order
+        self.known: dict[int, str] = {}  # ids of the machines' processes, when all were there
+        self.line = Line(listen(cfg), 0, self._wanted)
+        self.line.start()
+        log.info("nodes: machine 1 of %d, the others meet it at %s:%d", cfg.count, cfg.master, cfg.port)
+
+    def wait_for_all(self) -> None:
+        """Raises `TryLater` when they do not all come in time, or one leaves; `ConfigError` for other versions."""
+        end = time.monotonic() + self.cfg.wait_seconds
+        while missing := [rank for rank in self.others if self._id(rank) is None]:
+            self._require_no_end()
+            if time.monotonic() > end:
+                raise TryLater(
+                    f"{self.cfg.count - len(missing)} of {self.cfg.count} machines came within "
+                    f"{self.cfg.wait_seconds:g} s (nodes.wait_seconds); see why {named(missing)} did not, and run again"
+                )
+            patiently()
+        for rank in self.others:
+            self.known.setdefault(rank, self._id(rank) or "")
+            if json.loads(self.line.heard[MACHINE.format(rank)])["code"] != code_digest():
+                raise ConfigError(f"{named([rank])} has another version of quotesmith; give all the same image")
+
+    def order(self, lesson: str, processes: int) -> int:
+        self.number += 1
+        self.line.say(ORDER.format(self.number), json.dumps({"lesson": lesson, "processes": processes}))
+        return self.number
+
+    def require_all_at_work(self, number: int) -> None:
+        """Raises `TryLater` for a machine that is lost or gave up, soon after that."""
+        self._require_no_end()
+        for rank in self.others:
+            key = VERDICT.format(number, rank)
+            if key in self.line.heard:
+                failed = Verdict.parsed(self.line.heard[key]).kind not in ("", "Stopped")
+                if self.line.silence(key) > (CAUSE_SECONDS if failed else ENDING_SECONDS):
+                    raise TryLater(f"{named([rank])} has ended its training, but this machine's goes on; run again")
+            elif self.line.silence(MACHINE.format(rank)) > self.cfg.lost_seconds:
+                raise TryLater(
+                    f"{named([rank])} said nothing for {self.cfg.lost_seconds:g} s (nodes.lost_seconds), so it is "
+                    "lost; run again, training goes on from its last checkpoint"
+                )
+            elif self._id(rank) != self.known[rank]:
+                raise TryLater(f"{named([rank])} was started anew in the middle of training; run again")
+            elif left := self.line.heard.get(LEFT.format(rank)):
+                raise TryLater(f"{named([rank])} left: {left.decode()}; run again")
+
+    def verdicts(self, number: int, own: Verdict) -> list[Verdict]:
+        """The others'. Where this machine's processes are done, so are theirs; where not, somebody knows why."""
+        seconds = self.cfg.lost_seconds + CAUSE_SECONDS if not own.kind else CAUSE_SECONDS
+        end = time.monotonic() + seconds
+        keys = [VERDICT.format(number, rank) for rank in self.others]
+        while not own.is_cause and time.monotonic() < end and not all(key in self.line.heard for key in keys):
+            if own.kind:
+                self.require_all_at_work(number)
+            patiently()
+        return [Verdict.parsed(self.line.heard[key]) for key in keys if key in self.line.heard]
+
+    def end(self, verdict: Verdict) -> None:
+        """The others hear of it and leave, those that are there."""
+        self.line.say(END, verdict.as_json())
+        end = time.monotonic() + LAST_WORD_SECONDS
+        while time.monotonic() < end and not self.line.broken and any(self._is_there(rank) for rank in self.others):
+            time.sleep(PATIENCE_SECONDS / 2)
+        self.line.close()
+
+    def _is_there(self, rank: int) -> bool:
+        there = self._id(rank) is not None and self.line.silence(MACHINE.format(rank)) < 3 * BEAT_SECONDS
+        return there and LEFT.format(rank) not in self.line.heard
+
+    def _require_no_end(self) -> None:
+        if self.line.broken:
+            raise TryLater(f"the meeting place of the machines failed ({self.line.broken}); run again")
+
+    def _id(self, rank: int) -> str | None:
+        value = self.line.heard.get(MACHINE.format(rank))
+        return None if value is None else str(json.loads(value)["id"])
+
+    def _wanted(self) -> Iterable[str]:
+        for rank in self.others:
+            yield from (MACHINE.format(rank), LEFT.format(rank))
+            if self.number:
+                yield VERDICT.format(self.number, rank)
+
+
+class Guest:
+    """The side of every other machine."""
+
+    def __init__(self, cfg: NodesConfig) -> None:
+        self.cfg = cfg
+        self.number = 1  # of the order that is waited for
+        log.info("nodes: machine %d of %d, meets the first at %s:%d", cfg.rank + 1, cfg.count, cfg.master, cfg.port)
+        self.line = Line(connect(cfg), cfg.rank, self._wanted)
+        self.line.start()
+
+    def next_order(self) -> tuple[str, int] | None:
+        """A lesson and the number of processes; None when the job has nothing more for this machine. Raises what the
+        job failed with, and `TryLater` when machine 0 is lost."""
+        while not (order := self.line.heard.get(ORDER.format(self.number))):
+            if end := self.line.heard.get(END):
+                Verdict.parsed(end).require_done()
+                return None
+            self.require_host()
+            patiently()
+        content = json.loads(order)
+        return content["lesson"], content["processes"]
+
+    def report(self, verdict: Verdict) -> None:
+        self.line.say(VERDICT.format(self.number, self.cfg.rank), verdict.as_json())
+        self.number += 1
+
+    def require_host(self) -> None:
+        silent = time.monotonic() - self.line.last_at
+        if not self.line.broken and MACHINE.format(0) in self.line.heard:
+            silent = max(silent, self.line.silence(MACHINE.format(0)))
+        if self.line.broken or silent > self.cfg.lost_seconds:
+            why = self.line.broken or f"nothing was heard of it for {silent:.0f} s"
+            raise TryLater(f"machine 1 of the job is lost ({why}); run again")
+
+    def require_not_over(self) -> None:
+        """In training: machine 0 lives, and has not given up."""
+        self.require_host()
+        if end := self.line.heard.get(END):
+            Verdict.parsed(end).require_done()
+            raise TryLater("machine 1 of the job ended the training of this one; run again")
+
+    def leave(self, why: str) -> None:
+        self.line.say(LEFT.format(self.cfg.rank), why)
+        self.line.was_said(LAST_WORD_SECONDS)
+        self.line.close()
+
+    def _wanted(self) -> Iterable[str]:
+        return MACHINE.format(0), ORDER.format(self.number), END
+
+
+def listen(cfg: NodesConfig) -> TCPStore:
+    try:
+        return TCPStore("localhost", cfg.port, is_master=True, wait_for_workers=False)
+    except RuntimeError as e:
+        raise TryLater(
+            f"port {cfg.port} of this machine cannot be listened at ({first_words(e)}); end what uses it, or set "
+            "nodes.port on all machines"
+        ) from e
+
+
+def connect(cfg: NodesConfig) -> TCPStore:
+    end = time.monotonic() + cfg.wait_seconds
+    while True:
+        try:
+            return TCPStore(cfg.master, cfg.port, is_master=False, timeout=timedelta(seconds=CONNECT_SECONDS))
+        except RuntimeError as e:
+            if time.monotonic() > end:
+                raise TryLater(
+                    f"machine 1 of the job did not answer at {cfg.master}:{cfg.port} within {cfg.wait_seconds:g} s "
+                    f"(nodes.wait_seconds): {first_words(e)}; see whether it runs, and run again"
+                ) from e
+        patiently()
+
+
+def patiently() -> None:
+    """One turn of waiting. A first signal may only want to be looked at, where work is saved before it ends."""
+    if signals.is_stopping():
+        signals.stop()
+    time.sleep(PATIENCE_SECONDS)
+
+
+def named(ranks: Iterable[int]) -> str:
+    """Machines as people count them."""
+    return "machine " + ", ".join(str(rank + 1) for rank in ranks)
+
+
+def first_words(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
