@@ -194,6 +194,7 @@ def prepare_environment() -> None:
     # OpenMP's threads spin while they wait. On a machine with other work, or in a container with less CPU time than
     # cores, each waits for one that is not running: a training step was 11 times slower than with threads that sleep.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else torch's own lines among ours, about tries to connect
     if not logs.on_terminal():
         os.environ.setdefault("TQDM_DISABLE", "1")
 

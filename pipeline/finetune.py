@@ -15,7 +15,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel, PrinterCallback, TrainingArguments
 from transformers import EarlyStoppingCallback as Patience
 
-from pipeline import curves
+from pipeline import curves, sharding
 from pipeline.adapters import merged, with_adapters
 from pipeline.artifacts import Checkpoint, Facts, TokenDataset
 from pipeline.checkpoints import Checkpoints
@@ -141,8 +141,19 @@ def train(
     trainer.train_on(together.brought(checkpoints.newest() if checkpoints else None, out / "checkpoint"))
     require_finished(trainer, cfg)
     model.config.use_cache = use_cache  # the Trainer turns it off, and it would be saved
-    dense = merged(trainer.model, load_dense(base)) if isinstance(trainer.model, PeftModel) else model
-    return trainer, dense.cpu()
+    return trainer, dense_of(trainer, base)
+
+
+def dense_of(trainer: QuoteTrainer, base: Checkpoint) -> PreTrainedModel:
+    """What was trained, whole, on the CPU; of a model in shares only in the first process."""
+    if isinstance(trainer.model, PeftModel):
+        return merged(trainer.model, load_dense(base))
+    if not trainer.is_fsdp_enabled:
+        return trainer.model.cpu()
+    state, dense = sharding.whole_model(trainer.model), load_dense(base)
+    if together.rank() == 0:
+        dense.load_state_dict(state)
+    return dense
 
 
 def load(base: Checkpoint, cfg: TrainConfig, device: str) -> PreTrainedModel:
@@ -193,6 +204,7 @@ def trainer_arguments(
         label_names=["labels"],  # not found by itself behind a PEFT wrapper
         dataloader_pin_memory=device == "cuda",
         ddp_find_unused_parameters=False,  # there are none, and looking for them takes time
+        **sharding.arguments(cfg.sharding),
         disable_tqdm=True,
         report_to="none",
     )

@@ -8,6 +8,7 @@ import logging
 import math
 import shutil
 import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,11 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import EvalLoopOutput
 
-from pipeline import progress, signals
+from pipeline import progress, sharding, signals
 from pipeline.checkpoints import Checkpoints, step_of
 from pipeline.collate import IGNORED
 from pipeline.errors import CheckFailed
@@ -67,6 +68,7 @@ class QuoteTrainer(Trainer):  # type: ignore[misc]
         self.resumed = 0  # its step
         self.tokens_before = 0
         self.random_states: list[bytes] = []  # of every process, by rank
+        self.whole: tuple[sharding.State, sharding.State] | None = None  # model and optimizer, where they are in shares
         if checkpoints:
             self.add_callback(Keeper(self, checkpoints))
 
@@ -87,15 +89,22 @@ class QuoteTrainer(Trainer):  # type: ignore[misc]
         if self.checkpoints and self.checkpoint_wanted and not self.control.should_training_stop:
             self.store_flos()  # this and the next are every process's work; the rest is the first one's
             self.random_states = together.collected(self.random_state())
+            if self.is_fsdp_enabled:
+                self.whole = sharding.whole_model(self.model), sharding.whole_optimizer(self.model, self.optimizer)
             self.checkpoints.save(self.state.global_step, self.write_checkpoint)
-            self.checkpoint_wanted = False
+            self.checkpoint_wanted, self.whole = False, None
 
     def write_checkpoint(self, folder: Path) -> None:
         """What `train(resume_from_checkpoint=…)` reads, the best weights so far, and where the loss curve is."""
         state = folder / STATE
-        self.save_model(str(state), _internal_call=True)
+        if self.whole:
+            self._save(str(state), state_dict=self.whole[0])
+            torch.save(self.whole[1], state / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), state / SCHEDULER_NAME)
+        else:
+            self.save_model(str(state), _internal_call=True)
+            self._save_optimizer_and_scheduler(str(state))
         (state / TRAINING_ARGS_NAME).unlink()  # a pickle that is never read
-        self._save_optimizer_and_scheduler(str(state))
         self._save_scaler(str(state))
         for rank, data in enumerate(self.random_states):
             (state / random_file(rank)).write_bytes(data)
@@ -108,6 +117,21 @@ class QuoteTrainer(Trainer):  # type: ignore[misc]
             (folder / BEST).mkdir()
             for path in Path(self.state.best_model_checkpoint).glob("*.safetensors*"):
                 shutil.copyfile(path, folder / BEST / path.name)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """The library's hook; its own for a model in shares reads pickles."""
+        if self.is_fsdp_enabled:
+            sharding.put_back_model(self.model, Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As above."""
+        if not self.is_fsdp_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        elif checkpoint:
+            sharding.put_back_optimizer(self.model, self.optimizer, Path(checkpoint) / OPTIMIZER_NAME)
+            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
     def random_state(self) -> bytes:
         """What `train` restores, of this process."""
@@ -138,17 +162,27 @@ class QuoteTrainer(Trainer):  # type: ignore[misc]
         token of a short quote weighs more than one of a long quote, by an amount that hangs on the batch size."""
         model = self.model.eval()
         total = torch.zeros(2, dtype=torch.float64)  # loss, tokens
-        for number, batch in enumerate(dataloader):
-            if number % together.size() != together.rank():
-                continue
-            inputs = self._prepare_inputs(batch)
+        for inputs, counts in dealt(dataloader, together.rank(), together.size()):
+            inputs = self._prepare_inputs(inputs)
             predicted = int((inputs["labels"][:, 1:] != IGNORED).sum())
             with torch.no_grad(), self.compute_loss_context_manager():
                 loss = model(**inputs).loss
-            total += torch.tensor([loss.item() * predicted, predicted])
+            if counts:
+                total += torch.tensor([loss.item() * predicted, predicted])
         loss_sum, tokens = together.summed(total).tolist()
         metrics = {f"{metric_key_prefix}_loss": loss_sum / tokens}
         return EvalLoopOutput(None, None, metrics, num_samples=len(dataloader.dataset))
+
+
+def dealt(batches: Iterable[Any], rank: int, size: int) -> Iterator[tuple[Any, bool]]:
+    """Every `size`-th batch, and whether it counts: all processes compute equally often, or those that have a share of
+    the model would be waited for for ever, so at the end some see a batch again."""
+    number = 0
+    for number, batch in enumerate(batches, 1):
+        if (number - 1) % size == rank:
+            yield batch, True
+    if number % size and rank >= number % size:
+        yield batch, False
 
 
 class StopAtNonFinite(TrainerCallback):  # type: ignore[misc]
