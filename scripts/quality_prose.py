@@ -144,7 +144,7 @@ class Bench:
 
         def change(model: PreTrainedModel) -> None:
             types = {name: gpt2_type(name) for name in block_matrices(model)}
-            take_unpruned(model, self.load("dense"), types, keep_zeros=False)
+            take_unpruned(model, lambda: self.load("dense"), types, keep_zeros=False)
             found = encode_model(model, self.fitted, types)
             if keep:
                 torch.save({name: vars(kquant) for name, kquant in found.items()}, self.folder / keep)
