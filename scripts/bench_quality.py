@@ -70,8 +70,12 @@ def show_prose(base: str, rows: list[dict[str, Any]]) -> None:
     ]
     click.echo(f"\n{base}, general prose; perplexity against dense (95%)")
     click.echo(markdown(("step", "ratio (95%)", "perplexity (95%)", "zeros", "seconds", "GiB"), body))
-    points = [[f"{minutes:.1f}", step, f"{kl:.4f}"] for minutes, step, kl in minutes_and_losses(rows)]
-    click.echo("\n" + markdown(("minutes", "step", "validation KL, nats a token"), points))
+    first: dict[str, float] = {}  # of each training
+    points = [
+        [f"{minutes:.1f}", step, f"{kl:.4f}", f"{1 - kl / first.setdefault(step, kl):.0%}"]
+        for minutes, step, kl in minutes_and_losses(rows)
+    ]
+    click.echo("\n" + markdown(("minutes", "step", "validation KL, nats a token", "closed"), points))
 
 
 def show_chain(rows: list[dict[str, Any]]) -> None:

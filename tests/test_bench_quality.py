@@ -85,7 +85,7 @@ def bench(request, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_every_step_of_the_prose_bench_makes_a_row_and_is_not_done_again(bench, monkeypatch):
+def test_every_step_of_the_prose_bench_makes_a_row_and_is_not_done_again(bench, monkeypatch, capsys):
     rows = steps(bench)
     assert {*OURS, "random", "magnitude", "wanda", "sparsegpt"} < {row["step"] for row in rows}
     assert all(np.isfinite(row["ppl_ratio"]["value"]) and row["seconds"] > 0 for row in rows)
@@ -94,6 +94,9 @@ def test_every_step_of_the_prose_bench_makes_a_row_and_is_not_done_again(bench, 
     assert zeros["finished"] < 0.4  # Q2_K's matrices have none
     minutes, names, losses = zip(*minutes_and_losses(rows), strict=True)
     assert list(minutes) == sorted(minutes) and set(names) == {"recovered", "finished"} and min(losses) > 0
+    bench_quality.show_prose("a toy", rows)
+    shown = capsys.readouterr().out
+    assert "a toy, general prose" in shown and shown.count(" | 0% |") >= 2  # where each training begins
     bench.rows = []
     monkeypatch.setattr(bench, "load", None)
     assert steps(bench) == rows and json.dumps(rows)
