@@ -23,9 +23,9 @@ ROUNDS = 3
 REACH = 1
 STRIP = 64  # columns whose codes are chosen before the other columns' errors are brought up to date
 ROWS = 1024  # polished at once: bounds memory, changes no result
-# A GPU starts these small steps one by one, so fewer and larger ones leave it idle less; as many rows as in GPTQ. Not
-# timed on one yet.
-ROWS_ON_GPU = 4096
+# A GPU starts these small steps one by one, so fewer and larger ones leave it idle less: 4,096 rows of 3,072 columns,
+# and more of narrower ones. Not timed on one yet.
+WEIGHTS_ON_GPU = 4096 * 3072
 RIDGE = 1e-6  # of the mean diagonal: blocks without a weight leave their d undetermined
 
 
@@ -45,7 +45,7 @@ def polish(quantized: KQuant, weight: Tensor, hessian: Tensor, frozen: Tensor | 
             found = descend(found, weight[rows], hessian, own)
         return found
 
-    at_most = ROWS if weight.device.type == "cpu" else ROWS_ON_GPU
+    at_most = ROWS if weight.device.type == "cpu" else max(ROWS, WEIGHTS_ON_GPU // weight.shape[1])
     return KQuant.joined(in_parts(part, len(weight), at_most, weight.device))
 
 
