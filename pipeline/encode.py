@@ -47,8 +47,9 @@ def take_unpruned(
     """Gives `model` those matrices of the dense model whose types would not keep a pruned weight at zero: their names.
     Where there are none, that model is not loaded.
 
-    Rounding gives it a value anyway; so that may as well be the nearest to the one it had. Measured on SmolLM2, its
-    feed-forward layers in Q2_K: a KL of 0.45 nats a token from the dense model, rounded from pruned weights 0.54.
+    Rounding gives it a value anyway; so that may as well be the nearest to the one it had. Measured on a small trained
+    GPT-2, both fitted to the same 6,144 tokens: a KL of 0.0052 nats a token from the dense model, rounded from pruned
+    weights 0.0072, and 0.0032 before rounding.
     """
     modules = block_matrices(model)
     taken = [name for name in modules if name in types and loses_zeros(types[name], keep_zeros)]
