@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from pipeline.artifacts import Calibration, Checkpoint, Corpus, Facts, TokenDataset, sha256_of
 from pipeline.config import CalibrationConfig, TokensConfig
 from pipeline.device import arithmetic_of
-from pipeline.errors import DataError
+from pipeline.errors import ConfigError
 from pipeline.loading import load_fp32
 from pipeline.progress import bar
 from pipeline.quotes import fold
@@ -44,7 +44,7 @@ def calibrate(
 ) -> Calibration:
     """Token sequences of at most `split.max_length`, in a training and a validation split.
 
-    Raises `DataError` when there are fewer than two sequences.
+    Raises `ConfigError` when there are fewer than two sequences.
     """
     found = {"quotes": training_quotes(tokens, cfg.max_tokens, seed)}
     if text:
@@ -54,7 +54,7 @@ def calibrate(
     chosen = fair_shares(distinct(found), cfg.max_tokens, seed)
     rows = [(kind, ids) for kind, sequences in chosen.items() for ids in sequences]
     if len(rows) < 2:
-        raise DataError(
+        raise ConfigError(
             f"calibration has {len(rows)} different texts, needed are at least 2; raise calibration.generated or name "
             "a calibration.text"
         )

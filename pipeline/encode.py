@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -42,20 +42,18 @@ def encode_model(
 
 @torch.no_grad()
 def take_unpruned(
-    model: PreTrainedModel, dense: PreTrainedModel, types: Mapping[str, str], keep_zeros: bool
+    model: PreTrainedModel, load_dense: Callable[[], PreTrainedModel], types: Mapping[str, str], keep_zeros: bool
 ) -> list[str]:
-    """Gives `model` those matrices of `dense`, not pruned, whose types would not keep a pruned weight at zero: their
-    names.
+    """Gives `model` those matrices of the dense model whose types would not keep a pruned weight at zero: their names.
+    Where there are none, that model is not loaded.
 
-    Rounding gives it a value anyway; so that may as well be the nearest to the one it had. Measured on SmolLM2, its
-    feed-forward layers in Q2_K: a KL of 0.45 nats a token from the dense model, rounded from pruned weights 0.54.
+    Rounding gives it a value anyway; so that may as well be the nearest to the one it had. Measured on a small trained
+    GPT-2, both fitted to the same 6,144 tokens: a KL of 0.0052 nats a token from the dense model, rounded from pruned
+    weights 0.0072, and 0.0032 before rounding.
     """
-    modules, others = block_matrices(model), block_matrices(dense)
-    taken = [
-        name
-        for name, module in modules.items()
-        if name in types and kept_at_zero(weight_of(module), types[name], keep_zeros) is None
-    ]
+    modules = block_matrices(model)
+    taken = [name for name in modules if name in types and loses_zeros(types[name], keep_zeros)]
+    others = block_matrices(load_dense()) if taken else {}
     for name in taken:
         weight_of(modules[name]).copy_(weight_of(others[name]))
     return taken
@@ -81,7 +79,11 @@ def kept_at_zero(weight: Tensor, kind: str, keep_zeros: bool) -> Tensor | None:
 
     None for a type whose grid has no zero, unless one was asked for: there they are better where they cost least.
     """
-    return weight != 0 if keep_zeros or not KTYPES[kind].max_min else None
+    return None if loses_zeros(kind, keep_zeros) else weight != 0
+
+
+def loses_zeros(kind: str, keep_zeros: bool) -> bool:
+    return KTYPES[kind].max_min > 0 and not keep_zeros
 
 
 def padded(values: Tensor, columns: int) -> Tensor:

@@ -179,8 +179,7 @@ def train_rows(
     with little_memory(model):
         for step in bar(range(before + 1, steps + 1), "extend", steps - before):
             course.losses.append(backward(model, positions, train, len(rows.table), seed + step - 1))
-            if not math.isfinite(course.losses[-1]):
-                raise CheckFailed(f"extend: the loss is {course.losses[-1]} at step {step} of {steps}")
+            require_finite(course.losses[-1], step, steps)
             rows.gather()
             optimizer.step()
             schedule.step()
@@ -188,18 +187,24 @@ def train_rows(
             course.step = step
             if checkpoints and step < steps and checkpoints.due(step):
                 checkpoints.save(step, lambda folder: write(folder, course, best, optimizer, schedule))
-    loss_after = loss_of(model, checks)
-    if loss_after >= loss_before:
+    # of the checkpoint it went on from; 0: from the start
+    facts: Facts = {"steps": steps, "resumed": before, "loss_history": course.losses}
+    return facts | keep_if_better(rows, loss_before, loss_of(model, checks))
+
+
+def require_finite(loss: float, step: int, steps: int) -> None:
+    if not math.isfinite(loss):
+        raise CheckFailed(
+            f"extend: the loss is {loss} at step {step} of {steps}; train again, or set export.context_steps to 0"
+        )
+
+
+def keep_if_better(rows: NewRows, before: float, after: float) -> Facts:
+    """Takes back what the rows learned unless the loss on the checked text fell, and says how it moved."""
+    kept = after < before
+    if not kept:
         rows.undo()
-    return {
-        "steps": steps,
-        "resumed": before,  # step of the checkpoint it went on from; 0: from the start
-        "kept": loss_after < loss_before,
-        "loss_before": loss_before,
-        "loss_after": loss_after,
-        "loss": min(loss_after, loss_before),
-        "loss_history": course.losses,
-    }
+    return {"kept": kept, "loss_before": before, "loss_after": after, "loss": min(after, before)}
 
 
 class NewRows:

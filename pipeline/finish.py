@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -63,49 +64,57 @@ def finish(
     the loss is not finite, when a file has another size or other types than before, or when a zero that `keep_zeros`
     has kept is none any more.
     """
+    finisher = Finisher(recovered, tuned, calibration, cfg, keep_zeros, device, seed)
     finished = []
     for file in quantized.files:
-        of_file = checkpoints.part(file.path.name) if checkpoints else None
-        finished.append(finish_file(file, recovered, tuned, calibration, cfg, keep_zeros, device, seed, out, of_file))
+        path = out / file.path.name
+        shutil.copyfile(file.path, path)
+        if file.type == "F16":
+            facts: Facts = {"reason": "F16 has nothing to make up for"}
+        elif not cfg.steps:
+            facts = {"reason": "finish.steps is 0"}
+        else:
+            facts = finisher.finish(path, checkpoints.part(path.name) if checkpoints else None)
+        finished.append(described(file, path, facts))
     return GgufSet(tuple(finished))
 
 
-def finish_file(
-    file: GgufFile,
-    recovered: Checkpoint,
-    tuned: Checkpoint,
-    calibration: Calibration,
-    cfg: FinishConfig,
-    keep_zeros: bool,
-    device: str,
-    seed: int,
-    out: Path,
-    checkpoints: Checkpoints | None,
-) -> GgufFile:
-    path = out / file.path.name
-    shutil.copyfile(file.path, path)
-    if not cfg.steps or file.type == "F16":
-        reason = "finish.steps is 0" if file.type != "F16" else "F16 has nothing to make up for"
-        return described(file, path, {"reason": reason})
-    train, validation = (load_calibration(calibration, split) for split in ("train", "validation"))
-    precision = arithmetic_of(cfg.precision, device).name
-    recipe = Recipe(cfg.steps, cfg.batch_tokens, cfg.learning_rate, cfg.patience, precision, seed)
-    student = load_fp32(recovered, device)
-    pruned = pruned_weights(student) if keep_zeros else {}
-    load_weights(student, path)
-    freeze_rounded(student, path)
-    kquants = read_kquants(student, path) if cfg.train == "all" else {}
-    facts = finish_model(student, load_fp32(tuned, device), kquants, train, validation, recipe, checkpoints)
-    write_vectors(student, path)
-    write_kquants(student, path, facts.pop("kquants"))
-    require_zeros(student, path, pruned)
-    log.info(
-        "finish: %s, validation KL %.4f to %.4f nats a token",
-        path.name,
-        facts["validation_kl_before"],
-        facts["validation_kl"],
-    )
-    return described(file, path, facts)
+@dataclass(frozen=True)
+class Finisher:
+    """What trains a file of `recovered` towards `tuned`."""
+
+    recovered: Checkpoint
+    tuned: Checkpoint
+    calibration: Calibration
+    cfg: FinishConfig
+    keep_zeros: bool
+    device: str
+    seed: int
+
+    def finish(self, path: Path, checkpoints: Checkpoints | None) -> Facts:
+        """Trains what `path` holds, and writes it over it."""
+        train, validation = (load_calibration(self.calibration, split) for split in ("train", "validation"))
+        student = load_fp32(self.recovered, self.device)
+        pruned = pruned_weights(student) if self.keep_zeros else {}
+        load_weights(student, path)
+        freeze_rounded(student, path)
+        kquants = read_kquants(student, path) if self.cfg.train == "all" else {}
+        teacher = load_fp32(self.tuned, self.device)
+        facts = finish_model(student, teacher, kquants, train, validation, self.recipe(), checkpoints)
+        write_vectors(student, path)
+        write_kquants(student, path, facts.pop("kquants"))
+        require_zeros(student, path, pruned)
+        log.info(
+            "finish: %s, validation KL %.4f to %.4f nats a token",
+            path.name,
+            facts["validation_kl_before"],
+            facts["validation_kl"],
+        )
+        return facts
+
+    def recipe(self) -> Recipe:
+        cfg, precision = self.cfg, arithmetic_of(self.cfg.precision, self.device).name
+        return Recipe(cfg.steps, cfg.batch_tokens, cfg.learning_rate, cfg.patience, precision, self.seed)
 
 
 def freeze_rounded(model: PreTrainedModel, path: Path) -> None:

@@ -23,6 +23,9 @@ ROUNDS = 3
 REACH = 1
 STRIP = 64  # columns whose codes are chosen before the other columns' errors are brought up to date
 ROWS = 1024  # polished at once: bounds memory, changes no result
+# A GPU starts these small steps one by one, so fewer and larger ones leave it idle less: 4,096 rows of 3,072 columns,
+# and more of narrower ones. Not timed on one yet.
+WEIGHTS_ON_GPU = 4096 * 3072
 RIDGE = 1e-6  # of the mean diagonal: blocks without a weight leave their d undetermined
 
 
@@ -42,7 +45,8 @@ def polish(quantized: KQuant, weight: Tensor, hessian: Tensor, frozen: Tensor | 
             found = descend(found, weight[rows], hessian, own)
         return found
 
-    return KQuant.joined(in_parts(part, len(weight), ROWS, weight.device))
+    at_most = ROWS if weight.device.type == "cpu" else max(ROWS, WEIGHTS_ON_GPU // weight.shape[1])
+    return KQuant.joined(in_parts(part, len(weight), at_most, weight.device))
 
 
 def refit_blocks(quantized: KQuant, weight: Tensor, hessian: Tensor) -> KQuant:
@@ -78,15 +82,15 @@ def regroup(quantized: KQuant, weight: Tensor, hessian: Tensor, frozen: Tensor |
     grid = WholeNumbers(quantized)
     value = quantized.dequantize()
     slope = (value - weight) @ hessian  # (R, C), half the gradient of the error
+    inverses, factors = inverses_of(hessian)
     for g in range(weight.shape[1] // GROUP):
         span = slice(g * GROUP, (g + 1) * GROUP)
         own, stays = hessian[span, span], None if frozen is None else frozen[:, span]
-        inverse = torch.linalg.inv(own.double())
-        target = value[:, span] - slope[:, span] @ inverse.float()  # the best of all real numbers
+        target = value[:, span] - slope[:, span] @ inverses[g]  # the best of all real numbers
         if stays is not None:
             target = target.masked_fill(stays, 0.0)
         scales, mins = grid.near(g)
-        codes = grid.nearest_plane(target, g, scales, mins, torch.linalg.cholesky(inverse, upper=True).float(), stays)
+        codes = grid.nearest_plane(target, g, scales, mins, factors[g], stays)
         change = grid.values(g, scales, mins, codes) - value[:, None, span]  # (R, P, 16)
         error = ((change @ own + 2 * slope[:, None, span]) * change).sum(-1)
         best = error.argmin(1)
@@ -99,6 +103,17 @@ def regroup(quantized: KQuant, weight: Tensor, hessian: Tensor, frozen: Tensor |
         value[:, span] += moved
         slope += moved @ hessian[span]
     return grid.quantized()
+
+
+def inverses_of(hessian: Tensor) -> tuple[Tensor, Tensor]:
+    """For each group the inverse of its own part of `hessian` and the upper Cholesky factor of that, (G, 16, 16) each.
+
+    All at once: one by one, a GPU would wait for each to know whether it was singular.
+    """
+    groups = len(hessian) // GROUP
+    own = hessian.reshape(groups, GROUP, groups, GROUP).diagonal(dim1=0, dim2=2).movedim(-1, 0)
+    inverses = torch.linalg.inv(own.double())
+    return inverses.float(), torch.linalg.cholesky(inverses, upper=True).float()
 
 
 def descend(quantized: KQuant, weight: Tensor, hessian: Tensor, frozen: Tensor | None) -> KQuant:

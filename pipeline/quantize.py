@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -119,8 +120,8 @@ class Encoder:
     def encode(self, path: Path, kind: str) -> Facts:
         if self.name == "gptq" and kind != "F16":
             sequences = load_calibration(self.calibration, "train")
-            model, tuned = load_fp32(self.model, self.device), load_fp32(self.tuned, "cpu")
-            return encode_file(model, tuned, sequences, path, self.keep_zeros)
+            model, load_tuned = load_fp32(self.model, self.device), partial(load_fp32, self.tuned, "cpu")
+            return encode_file(model, load_tuned, sequences, path, self.keep_zeros)
         return {"encoder": "llama.cpp", "encoded_tensors": 0, "unpruned_tensors": 0}
 
     def cost_of_zeros(self, path: Path, kind: str) -> Facts:
@@ -155,14 +156,18 @@ def stock(f16: GgufFile, kind: str, choice: Choice, tools: LlamaCpp, path: Path)
 
 
 def encode_file(
-    model: PreTrainedModel, tuned: PreTrainedModel, sequences: list[list[int]], path: Path, keep_zeros: bool
+    model: PreTrainedModel,
+    load_tuned: Callable[[], PreTrainedModel],
+    sequences: list[list[int]],
+    path: Path,
+    keep_zeros: bool,
 ) -> Facts:
     """The k-quant tensors of `path` that our encoder has a grid for, rounded by it, written over the stock ones."""
     names = matrix_names(model.config, block_matrices(model)) | {HEAD: head_tensor(model)}
     stored = GgufContents(path).tensors
     kinds = {name: stored[tensor].tensor_type.name for name, tensor in names.items()}
     ours = {name: kind for name, kind in kinds.items() if kind in KTYPES}
-    unpruned = take_unpruned(model, tuned, ours, keep_zeros)
+    unpruned = take_unpruned(model, load_tuned, ours, keep_zeros)
     if ours:
         others = read_matrices(model, path, [name for name in names if name not in ours and name != HEAD])
         write_kquants(model, path, encode_model(model, sequences, ours, others=others, keep_zeros=keep_zeros))

@@ -33,7 +33,8 @@ def sparsify(
     """Zero `cfg.ratio` of every block matrix of `dense`, measured on `calibration`; write the model to `out`.
 
     Embeddings, the head, biases and norms stay as they are. Raises `ConfigError` for a method or pattern that
-    does not fit, `CheckFailed` when a matrix holds a NaN or the measured share is not the one asked for.
+    does not fit or a method without its text, `CheckFailed` when a matrix holds a NaN or the measured share is not the
+    one asked for.
     """
     check_method(cfg)
     model = load_fp32(dense, device)
@@ -47,6 +48,7 @@ def sparsify(
     require_finite(model)
     untouched = zeros_before(weights)
     sequences = load_calibration(calibration, "train")
+    require_text(sequences, cfg)
     prune_model(model, sequences, cfg, seed)
     facts = measure(weights, cfg) | {"zeros_before": untouched, "calibration_tokens": sum(map(len, sequences))}
     model.cpu().save_pretrained(out)
@@ -73,15 +75,24 @@ def check_pattern(widths: dict[str, int], cfg: SparsityConfig) -> None:
         if width % cfg.kept[1]:
             raise ConfigError(
                 f"sparsity.pattern {cfg.pattern} needs rows that are multiples of {cfg.kept[1]}, but those of {name} "
-                f"are {width} wide"
+                f"are {width} wide; choose groups that divide them, for example 2:4"
             )
+
+
+def require_text(sequences: Sequence[Sequence[int]], cfg: SparsityConfig) -> None:
+    """Raises `ConfigError` when there is nothing for the method to measure the model on."""
+    if not sequences and cfg.method not in sparsity.NEED_NO_TEXT:
+        raise ConfigError(
+            f"sparsity.method {cfg.method} measures the model on calibration text, and there is none; raise "
+            f"calibration.generated, name a calibration.text, or choose {' or '.join(sparsity.NEED_NO_TEXT)}"
+        )
 
 
 def require_finite(model: PreTrainedModel) -> None:
     """Norms, biases and embeddings too: what they break would reach every matrix after them."""
     for name, weight in model.named_parameters():
         if not torch.isfinite(weight).all():
-            raise CheckFailed(f"{name} holds values that are not finite; the tuned model is broken, nothing was pruned")
+            raise CheckFailed(f"{name} holds values that are not finite; the tuned model is broken, train it again")
 
 
 def prune_model(model: PreTrainedModel, sequences: Sequence[Sequence[int]], cfg: SparsityConfig, seed: int) -> None:

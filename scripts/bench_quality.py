@@ -2,16 +2,18 @@
 
     python scripts/bench_quality.py --json FILE                  both parts
     python scripts/bench_quality.py --part chain --input FOLDER  a GPT-2 tuned on quotes, down to the Q2_K file
-    python scripts/bench_quality.py --part prose                 a pretrained SmolLM2 on general prose
+    python scripts/bench_quality.py --part prose                 a pretrained model on general prose
 
-`chain` takes the GPT-2 that BASE_MODEL or STANDIN_GPT2 names. What is already in --work is not made again, so a
-bench that was stopped goes on.
+Both take the model that BASE_MODEL names: a hub id (openai-community/gpt2) or a folder. Without it, `chain` takes the
+GPT-2 that STANDIN_GPT2 names, and `prose` the pretrained SmolLM2-135M of a PyPI wheel. What is already in --work is not
+made again, so a bench that was stopped goes on.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -27,24 +29,34 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as entrypoint.py does, be
 import torch  # noqa: E402
 from quality_chain import chain  # noqa: E402
 from quality_prose import Bench, Effort, minutes_and_losses, steps  # noqa: E402
+from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 from pipeline import logs, metrics  # noqa: E402
 from pipeline.base_model import obtain  # noqa: E402
 from pipeline.config import ModelConfig  # noqa: E402
 from pipeline.device import choose_device  # noqa: E402
+from pipeline.errors import QuotesmithError  # noqa: E402
 from pipeline.report import interval, size  # noqa: E402
 
-
-def prose_rows(work: Path) -> list[dict[str, Any]]:
-    script = subprocess.run([ROOT / "scripts/fetch_offline_model.sh"], check=True, capture_output=True, text=True)
-    model = work / "smollm2"
-    if not model.exists():
-        model.mkdir(parents=True)
-        obtain(ModelConfig(base=script.stdout.strip()), out=model)
-    return steps(Bench(model, work / "prose", choose_device("auto").name, Effort()))
+OFFLINE = "SmolLM2-135M"
 
 
-def show_prose(rows: list[dict[str, Any]]) -> None:
+def prose_rows(base: str, work: Path) -> list[dict[str, Any]]:
+    """`base` is a hub id, a folder or `OFFLINE`; each has a folder of its own in `work`."""
+    folder = work / re.sub(r"\W+", "-", base).strip("-").lower()
+    model = folder / "base"
+    if not (model / "config.json").exists():
+        model.mkdir(parents=True, exist_ok=True)
+        obtain(ModelConfig(base=offline_model() if base == OFFLINE else base), out=model)
+    return steps(Bench(model, folder / "prose", choose_device("auto").name, Effort()))
+
+
+def offline_model() -> str:
+    script = subprocess.run([ROOT / "scripts/fetch_offline_model.sh"], check=True, stdout=subprocess.PIPE, text=True)
+    return script.stdout.strip()
+
+
+def show_prose(base: str, rows: list[dict[str, Any]]) -> None:
     body = [
         [
             row["step"],
@@ -56,10 +68,14 @@ def show_prose(rows: list[dict[str, Any]]) -> None:
         ]
         for row in rows
     ]
-    click.echo("\nSmolLM2-135M, general prose; perplexity against dense (95%)")
+    click.echo(f"\n{base}, general prose; perplexity against dense (95%)")
     click.echo(markdown(("step", "ratio (95%)", "perplexity (95%)", "zeros", "seconds", "GiB"), body))
-    points = [[f"{minutes:.1f}", step, f"{kl:.4f}"] for minutes, step, kl in minutes_and_losses(rows)]
-    click.echo("\n" + markdown(("minutes", "step", "validation KL, nats a token"), points))
+    first: dict[str, float] = {}  # of each training
+    points = [
+        [f"{minutes:.1f}", step, f"{kl:.4f}", f"{1 - kl / first.setdefault(step, kl):.0%}"]
+        for minutes, step, kl in minutes_and_losses(rows)
+    ]
+    click.echo("\n" + markdown(("minutes", "step", "validation KL, nats a token", "closed"), points))
 
 
 def show_chain(rows: list[dict[str, Any]]) -> None:
@@ -94,17 +110,24 @@ def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def main(part: str, inputs: tuple[str, ...], work: Path, json_path: Path | None, extra: tuple[str, ...]) -> None:
     """Measure the quality of every way of compressing. EXTRA SETTING=VALUE pairs go to every run of `chain`."""
     logs.configure("text")
+    disable_progress_bar()  # one for every model that is loaded
+    named = os.environ.get("BASE_MODEL", "").replace("offline", "")  # as scripts/run_local.sh understands it
     found: dict[str, Any] = {"hardware": metrics.hardware(), "torch": torch.__version__}
-    if part != "prose":
-        base = os.environ.get("BASE_MODEL") or os.environ.get("STANDIN_GPT2")
-        if not base:
-            raise click.UsageError("set BASE_MODEL to a GPT-2: a hub id or a folder; or choose --part prose")
-        more = dict(pair.split("=", 1) for pair in extra)
-        found["chain"] = chain(base, inputs, work / "chain", more)
-        show_chain(found["chain"])
-    if part != "chain":
-        found["prose"] = prose_rows(work)
-        show_prose(found["prose"])
+    try:
+        if part != "prose":
+            base = named or os.environ.get("STANDIN_GPT2")
+            if not base:
+                raise click.UsageError("set BASE_MODEL to a GPT-2: a hub id or a folder; or choose --part prose")
+            more = dict(pair.split("=", 1) for pair in extra)
+            found["chain"] = chain(base, inputs, work / "chain", more)
+            show_chain(found["chain"])
+        if part != "chain":
+            base = named or OFFLINE
+            found["prose"] = prose_rows(base, work)
+            show_prose(base, found["prose"])
+    except QuotesmithError as e:  # no hub, for instance
+        click.echo(f"bench_quality: {e}", err=True)
+        sys.exit(e.exit_code)
     if json_path:
         json_path.write_text(json.dumps(found, indent=1))
 

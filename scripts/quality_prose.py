@@ -1,7 +1,7 @@
-"""A pretrained SmolLM2 compressed with GPT-2's own Q2_K type map, step by step, scored on prose it was not fitted to.
+"""A pretrained model compressed with GPT-2's Q2_K type map, step by step, scored on prose it was not fitted to.
 
-Its rows of 576 are filled with zeros to a multiple of 256, which no GGUF can hold, so everything is scored in torch,
-the matrices as they decode.
+SmolLM2's rows of 576 are filled with zeros to a multiple of 256, which no GGUF can hold, so everything is scored in
+torch, the matrices as they decode.
 """
 
 from __future__ import annotations
@@ -40,14 +40,15 @@ WINDOW = 256  # tokens
 FITTED = 128  # windows that pruning and encoding are fitted to: 32,768 tokens, the job's default
 VALIDATION = 16  # windows that training stops by
 HELD_OUT = 96  # windows scored: 24,576 tokens
-DOCUMENT = "<|endoftext|>"  # what SmolLM2 saw before every document in its pretraining
+DOCUMENT = "<|endoftext|>"  # what SmolLM2 and GPT-2 saw before every document in their pretraining
 OURS = ("refit", "recovered", "recovered, our encoder", "finished")
 METHODS = ("random", "magnitude", "wanda", "sparsegpt")
 
 
 def gpt2_type(name: str) -> str:
-    """What Q2_K is for GPT-2: Q2_K where the feed-forward layer widens, Q3_K elsewhere in the blocks."""
-    return "Q2_K" if name.endswith(("up_proj", "gate_proj")) else "Q3_K"
+    """What Q2_K is for GPT-2: Q2_K where the feed-forward layer widens (in GPT-2 itself c_fc), Q3_K elsewhere in the
+    blocks."""
+    return "Q2_K" if name.endswith(("up_proj", "gate_proj", "c_fc")) else "Q3_K"
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ class Bench:
 
         def change(model: PreTrainedModel) -> None:
             types = {name: gpt2_type(name) for name in block_matrices(model)}
-            take_unpruned(model, self.load("dense"), types, keep_zeros=False)
+            take_unpruned(model, lambda: self.load("dense"), types, keep_zeros=False)
             found = encode_model(model, self.fitted, types)
             if keep:
                 torch.save({name: vars(kquant) for name, kquant in found.items()}, self.folder / keep)

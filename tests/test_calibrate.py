@@ -9,7 +9,7 @@ from pipeline import calibrate as module
 from pipeline.artifacts import Checkpoint, Corpus, TokenDataset, sha256_of
 from pipeline.calibrate import calibrate, fair_shares, load_calibration, write
 from pipeline.config import CalibrationConfig, TokensConfig
-from pipeline.errors import DataError
+from pipeline.errors import ConfigError
 from pipeline.quotes import fold
 from pipeline.tokens import load_split, split_of, tokenize
 
@@ -164,7 +164,7 @@ def test_a_single_text_is_refused_with_what_to_do_about_it(twice, tuned, tmp_pat
     quote = on_side("train", "Say {}")
     tokens = tokenized(tuned, [quote, *(on_side("holdout", f"Hear {n} {{}}") for n in range(2))], tmp_path / "tokens")
     text = corpus_in(tmp_path / "text", [quote]) if twice else None
-    with pytest.raises(DataError, match=r"1 different texts.* at least 2; raise calibration.generated or name"):
+    with pytest.raises(ConfigError, match=r"1 different texts.* at least 2; raise calibration.generated or name"):
         calibrated(tuned, tokens, tmp_path, text=text)
 
 

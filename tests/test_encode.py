@@ -125,7 +125,9 @@ def test_what_would_lose_its_zeros_is_rounded_from_the_weights_before_pruning(ke
     dense, pruned = gpt2(), half_zero(gpt2())
     before, given = weights_of(pruned), weights_of(dense)
     types = types_of(pruned) | {HEAD: "Q6_K"}
-    taken = take_unpruned(pruned, dense, types, keep_zeros)
+    loads = []
+    taken = take_unpruned(pruned, lambda: loads.append(dense) or dense, types, keep_zeros)
+    assert len(loads) == (not keep_zeros)  # nothing is loaded for nothing
     assert set(taken) == {name for name in before if types[name] == "Q2_K" and not keep_zeros}
     for name, weight in weights_of(pruned).items():
         expected = given if types[name] == "Q2_K" and not keep_zeros else before

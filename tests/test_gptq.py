@@ -1,3 +1,5 @@
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
@@ -153,6 +155,24 @@ def test_blocked_feedback_is_that_of_an_inverse_hessian_taken_apart_column_by_co
     expected = rounded_one_by_one(weight * kept, found, hessian, kept)
     # float32 against float64: a weight in the middle between two codes may go either way, and those after it with it
     assert (found.codes == expected).float().mean() > 0.99
+
+
+def test_stock_q2_k_keeps_hardly_a_zero_and_without_an_importance_matrix_fits_them_worst_of_all():
+    """Why there is one by default. The symmetric types keep all either way."""
+    libgguf = pytest.importorskip("libgguf")
+    weight = matrix("half zero")
+    pruned = (weight == 0).numpy()
+
+    def rounded(kind, given):
+        data = libgguf.quantize_rows(weight.numpy(), int(GGMLQuantizationType[kind]), given)
+        return dequantize(np.asarray(data), GGMLQuantizationType[kind])
+
+    plain, weighted = (np.square(rounded("Q2_K", given) - weight.numpy()) for given in (None, np.ones(COLUMNS, "f")))
+    assert (rounded("Q2_K", None)[pruned] == 0).mean() < 0.03
+    assert plain[pruned].mean() > 1.3 * plain[~pruned].mean()
+    assert weighted[pruned].mean() < 0.5 * weighted[~pruned].mean()
+    for kind, given in product(("Q3_K", "Q6_K"), (None, np.ones(COLUMNS, "f"))):
+        assert not rounded(kind, given)[pruned].any()
 
 
 @pytest.mark.parametrize("kind", ["Q3_K", "Q6_K"])

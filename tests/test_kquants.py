@@ -4,8 +4,8 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType, GGUFReader
-from gguf.quants import dequantize
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader
+from gguf.quants import dequantize, quantize
 
 from pipeline import child
 from pipeline.errors import CheckFailed
@@ -110,6 +110,20 @@ def test_a_matrix_that_is_no_contiguous_memory_packs_the_same(kind):
     assert np.array_equal(pack(replace(k, **turned)), pack(k))
     columnwise = np.asfortranarray(pack(k))
     assert_equal(unpack(columnwise, kind), k)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gguf_py_knows_the_size_of_a_block_but_cannot_encode_one(kind):
+    assert GGML_QUANT_SIZES[GGMLQuantizationType[kind]] == (256, KTYPES[kind].block_bytes)
+    with pytest.raises(NotImplementedError):
+        quantize(np.zeros((1, 256), dtype=np.float32), GGMLQuantizationType[kind])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_zeros_take_as_many_bytes_as_any_other_weights(kind):
+    k = random_kquant(kind, 4, 512)
+    zeros = replace(k, codes=torch.full_like(k.codes, KTYPES[kind].zero_code))
+    assert pack(zeros).nbytes == pack(k).nbytes == 8 * KTYPES[kind].block_bytes
 
 
 def test_the_zero_code_is_exactly_zero_in_the_symmetric_types():

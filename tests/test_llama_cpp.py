@@ -58,6 +58,13 @@ def test_logits_come_in_order_and_do_not_depend_on_what_came_before(gguf, llama_
     np.testing.assert_allclose(first[0], single[0], atol=1e-3)
 
 
+def test_a_quote_of_a_single_token_is_scored_by_itself(gguf, llama_cpp):
+    """llama-perplexity wants two contexts full, and gives no number for less: it is not what this uses."""
+    (found,) = engine.logits(llama_cpp, gguf, [[50256, 11]])
+    assert found.shape == (2, 50257) and np.isfinite(found).all()
+    assert not {"llama-perplexity", "llama-imatrix"} & set(engine.PROGRAMS)
+
+
 def test_logits_agree_with_torch_past_one_batch_of_tokens(gguf, toy_gpt2, llama_cpp):
     """300 tokens: three batches, and a context that has to grow."""
     ids = torch.randint(50256, (1, 300), generator=torch.Generator().manual_seed(0))

@@ -280,6 +280,19 @@ def test_a_pattern_that_does_not_divide_the_rows_is_refused(dense, calibration, 
         sparsified(dense, calibration, out, pattern="1:5", ratio=0.8)
 
 
+@pytest.mark.parametrize("method", sparsity.methods())
+def test_a_method_without_its_calibration_text_is_refused_and_those_that_need_none_go_on(method, dense, tmp_path, out):
+    nothing = calibration_in(tmp_path, [], [[1, 2]])
+    if method in sparsity.NEED_NO_TEXT:
+        assert sparsified(dense, nothing, out, method=method).facts["zeros"] == 0.5
+        return
+    with pytest.raises(
+        ConfigError, match=rf"{method} measures the model on calibration text, and there is none; raise"
+    ):
+        sparsified(dense, nothing, out, method=method)
+    assert not list(out.iterdir())
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize(
     "name", ["transformer.h.1.mlp.c_fc.weight", "transformer.h.0.ln_1.weight", "transformer.wte.weight"]

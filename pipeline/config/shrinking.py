@@ -64,7 +64,9 @@ class SparsityConfig(Section):
             return self
         n, m = self.kept
         if not 0 < n < m:
-            raise ValueError(f"sparsity.pattern {self.pattern} keeps n of m weights, so 0 < n < m is needed")
+            raise ValueError(
+                f"sparsity.pattern {self.pattern} keeps n of m weights, so 0 < n < m is needed; choose 2:4, for example"
+            )
         if abs(self.ratio - (1 - n / m)) > 1e-3:
             raise ValueError(
                 f"sparsity.pattern {self.pattern} zeroes {1 - n / m:g} of the weights, but sparsity.ratio is "
