@@ -171,7 +171,6 @@ def test_values_as_the_python_sdk_encodes_them_are_read(training_job):
         ("hyperparameters.json", "{", "not valid JSON"),
         ("inputdataconfig.json", '{"quotes": {"TrainingInputMode": "Pipe"}}', "TrainingInputMode Pipe"),
         ("resourceconfig.json", '{"current_host": "c", "hosts": ["a", "b"]}', "current_host c"),
-        ("resourceconfig.json", '{"current_host": "b", "hosts": ["a", "b"]}', "2 nodes"),
     ],
 )
 def test_what_sagemaker_gives_wrongly_ends_in_78_with_the_sentence_in_the_failure_file(
@@ -183,6 +182,14 @@ def test_what_sagemaker_gives_wrongly_ends_in_78_with_the_sentence_in_the_failur
     assert done.returncode == 78, done.stderr
     failure = (root / "opt/ml/output/failure").read_text()
     assert sentence in failure and failure.strip() in done.stderr and "Traceback" not in done.stderr
+
+
+def test_one_of_several_hosts_of_sagemaker_waits_for_the_first_and_says_if_it_does_not_come(training_job):
+    root = training_job({"nodes.wait_seconds": "1"}, hosts=("no-host.invalid", "algo-2"), this="algo-2")
+    done = command(root, "train")
+    assert done.returncode == 75, done.stderr
+    failure = (root / "opt/ml/output/failure").read_text()
+    assert "machine 1 of the job did not answer at no-host.invalid:29500 within 1 s" in failure
 
 
 def test_an_empty_channel_ends_in_66_and_the_failure_file_says_so(training_job):
@@ -218,7 +225,6 @@ def test_vertex_says_where_things_go(tmp_path):
     [
         ("{", "not valid JSON"),
         ("{}", "KeyError"),
-        (json.dumps(CLUSTER), "2 nodes"),
         ('{"cluster": 1, "task": 1}', "'int'"),
     ],
 )
@@ -332,6 +338,14 @@ def test_every_platform_says_which_of_several_nodes_this_is(training_job, tmp_pa
     ours = {"NNODES": "2", "MASTER_ADDR": "quotesmith-0.quotesmith", "JOB_COMPLETION_INDEX": "1"}
     assert nodes(POD | ours) == Nodes(2, 1, "quotesmith-0.quotesmith", 29500)
     assert nodes(POD) == nodes({}) == nodes(VERTEX) == Nodes()
+
+
+def test_nodes_are_settings_that_flags_beat(tmp_path):
+    env = {**VERTEX, "CLUSTER_SPEC": json.dumps(CLUSTER)}
+    found = origins(command(tmp_path, "config", "--json", "--nodes.port", "2333", env=env))
+    assert found["nodes.count"] == (2, "Vertex AI's nodes") and found["nodes.rank"] == (1, "Vertex AI's nodes")
+    assert found["nodes.master"][0] == "training-workerpool0-ab-0"
+    assert found["nodes.port"] == (2333, "flag --nodes.port")
 
 
 @pytest.mark.parametrize(
