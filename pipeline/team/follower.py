@@ -7,9 +7,12 @@ import logging
 import shutil
 from contextlib import nullcontext
 
+import torch
+
 from pipeline import signals
 from pipeline.config import JobConfig
 from pipeline.disk import errors_translated
+from pipeline.errors import ServiceUnavailable
 from pipeline.team.launcher import Place, launch
 from pipeline.team.meeting import Guest
 from pipeline.team.verdict import Verdict
@@ -17,7 +20,7 @@ from pipeline.work_folder import alone_in, check_work_dir
 
 log = logging.getLogger(__name__)
 
-KEEPS = "keeping"  # in a lesson
+KEEPS, DEVICE = "keeping", "device"  # in a lesson
 
 
 def follow(cfg: JobConfig) -> None:
@@ -44,12 +47,22 @@ def learn(cfg: JobConfig, guest: Guest, lesson: str, processes: int) -> None:
     """One training. What it came to is machine 0's to judge."""
     nodes = cfg.nodes
     place = Place(nodes.count, nodes.rank, processes, nodes.master, nodes.port + 1)
-    saves = json.loads(lesson)[KEEPS] is not None
+    content = json.loads(lesson)
+    saves = content[KEEPS] is not None
     log.info("nodes: trains with %d processes of its own", processes)
     try:
+        require_gpus(processes if content[DEVICE] == "cuda" else 0, nodes.rank)
         with signals.patient() if saves else nullcontext():
             verdict = launch(lesson, cfg.work_dir / "following", place, guest.require_not_over)
     except BaseException as e:
         guest.report(Verdict.of_worker(e))
         raise
     guest.report(verdict)
+
+
+def require_gpus(count: int, rank: int) -> None:
+    if count > (visible := torch.cuda.device_count() if count else 0):
+        raise ServiceUnavailable(
+            f"machine {rank + 1} sees {visible} GPUs, but the first machine trains with {count}; give all machines of "
+            "the job equally many (--self-test on it says what is wrong)"
+        )
