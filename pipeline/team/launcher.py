@@ -128,6 +128,6 @@ class Told:
                     self.read[path] = self.read.get(path, 0) + len(line)
                     content = json.loads(line)
                     logging.getLogger(content["logger"]).log(content["level"], "%s", content["message"])
-        for path in self.folder.glob("memory-*"):
-            if text := path.read_text():
-                saw_tool(int(text))
+        for path in set(self.folder.glob("memory-*")) - set(self.read):
+            self.read[path] = path.stat().st_size
+            saw_tool(int(path.read_text()))

@@ -40,7 +40,7 @@ def main(path: Path) -> None:
         verdict = Verdict.of_worker(e)
         if not isinstance(e, QuotesmithError) and verdict.kind not in (STOPPED, PEER_LOST, OUT_OF_MEMORY):
             log.error("%s", "".join(traceback.format_exception(e)))
-    (folder / f"memory-{number}").write_text(str(peak_of_process()))
+    write_whole(folder / f"memory-{number}", str(peak_of_process()))
     write_whole(folder / f"verdict-{number}.json", verdict.as_json())
     # Past what waits for other processes at the interpreter's end. Had it failed, torchrun would kill the others,
     # which may be saving the checkpoint that this one has been told to end with.
