@@ -33,6 +33,8 @@ LEAKS = [
     f"x-amz-security-token: {SECRET}",
     f"refused the header Bearer {SECRET}",
     "https://user:s3cr3tV4lue@host/path",
+    "https://s3cr3tV4lue@host/path",
+    "s3://KEY:s3cr3tV4lue@bucket/quotes",
     f"-----BEGIN RSA PRIVATE KEY-----\nMIIE{SECRET}\n-----END RSA PRIVATE KEY-----",
     f"-----BEGIN PRIVATE KEY-----\nMIIE{SECRET}",
 ]
