@@ -1,4 +1,5 @@
 import errno
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -87,3 +88,10 @@ def test_what_cannot_go_is_named(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(NotAllowed, match=r"file/x is in the way and cannot be removed \(Not a directory\)"):
         clear(tmp_path / "file" / "x")
+
+
+def test_that_no_temporary_file_can_be_made_is_the_machines_error(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "nowhere")])
+    with pytest.raises(MachineError, match="set TMPDIR"), errors_translated(tmp_path):
+        tempfile.gettempdir()
