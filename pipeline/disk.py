@@ -18,6 +18,8 @@ SAID = {
     **dict.fromkeys(FULL, FULL_SAID),
     errno.EIO: "the disk failed ({where}): input/output error; check it, or run again on another machine",
     errno.EROFS: "the disk is read-only now ({where}), as a failing one is made; check it, or run again elsewhere",
+    errno.EFBIG: "a file would be larger than is allowed ({where}); raise the limit (ulimit -f), or use another disk",
+    errno.ENOTCONN: "the network drive is gone ({where}); mount it anew and run again",
     errno.ESTALE: "the network drive lost a file ({where}); check the drive and run again",
     errno.ENOMEM: "memory ran out ({where}); run again with more memory",
     errno.EAGAIN: "no process or thread can be started ({where}); raise the limit (ulimit -u, pids.max), run again",

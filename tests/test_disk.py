@@ -14,7 +14,7 @@ FULL = Path("/dev/full")  # every write to it finds the disk full
 needs_full = pytest.mark.skipif(not FULL.exists(), reason="the system has no /dev/full")
 
 
-NUMBERS = ["ENOSPC", "EDQUOT", "EIO", "EROFS", "ESTALE", "ENOMEM", "EAGAIN", "EMFILE", "ENFILE"]
+NUMBERS = ["ENOSPC", "EDQUOT", "EIO", "EROFS", "ESTALE", "ENOMEM", "EAGAIN", "EMFILE", "ENFILE", "EFBIG", "ENOTCONN"]
 
 
 @pytest.mark.parametrize("number", [getattr(errno, name) for name in NUMBERS])
@@ -61,7 +61,14 @@ def test_what_is_not_the_disks_stays_what_it_is(error):
     assert caught.value is error
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't start new thread")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("can't start new thread"),
+        ImportError("libx.so: failed to map segment from shared object"),
+    ],
+)
 def test_what_python_has_no_number_for_is_the_machines_error_too(error):
     assert as_machine_error(error, "here")
 
