@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from pipeline import retrying
-from pipeline.errors import ConfigError, QuotesmithError, ServiceUnavailable, TransferError
-from pipeline.storage import Store, open_store
+from pipeline.errors import ConfigError, InputMissing, QuotesmithError, ServiceUnavailable, TransferError
+from pipeline.storage import Store, crc32c_of, open_store
 
 Answer = Callable[[BaseHTTPRequestHandler], None]
 GROUP = "what answers for a bucket"
@@ -142,6 +142,38 @@ def test_an_object_is_not_read_past_its_size(scheme: str, server: type[Handler],
         with pytest.raises(TransferError, match="sent more than its 3 bytes"):
             act()
     assert list((tmp_path / "to").iterdir()) == []
+
+
+@pytest.mark.fault(GROUP, "an upload in pieces that the server has lost", "sent anew, and whole")
+@pytest.mark.parametrize("status", [404, 410])
+def test_an_upload_that_the_server_has_lost_is_begun_anew(
+    status: int, server: type[Handler], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bucket that is not there is another matter: that says the first request."""
+    methods: list[str] = []
+
+    def loses_one(handler: BaseHTTPRequestHandler) -> None:
+        methods.append(handler.command)
+        if handler.command == "POST":
+            return reply(Location=f"http://{handler.headers['Host']}/session")(handler)
+        if methods.count("PUT") == 1:
+            return reply(b"gone", status)(handler)
+        place, _, total = handler.headers["Content-Range"].removeprefix("bytes ").partition("/")
+        if int(place.partition("-")[2]) + 1 < int(total):
+            return reply(status=308, Range=f"bytes=0-{place.partition('-')[2]}")(handler)
+        known = {"name": "p/x", "size": total, "generation": "1", "crc32c": crc32c_of(tmp_path / "file")}
+        return of_json(known)(handler)
+
+    server.answer = loses_one
+    monkeypatch.setattr(retrying, "PIECE_BYTES", 8 * MIB)  # less goes in one request
+    monkeypatch.setattr(retrying, "FIRST_PAUSE_SECONDS", 0.01)
+    (tmp_path / "file").write_bytes(b"x" * 9 * MIB)
+    store = open_store("gs://bucket/p")
+    store.put_if_absent("x", tmp_path / "file")
+    assert methods[:3] == ["POST", "PUT", "POST"]
+    server.answer = reply(b"no bucket", 404)
+    with pytest.raises(InputMissing):
+        store.put_if_absent("x", tmp_path / "file")
 
 
 @pytest.mark.parametrize("scheme", ["gs", "s3"])

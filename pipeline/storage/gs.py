@@ -89,6 +89,11 @@ class GsRequests:
                 )
             except api.PreconditionFailed:
                 return False
+            except api.GoogleAPICallError as e:
+                if e.code not in (404, 410) or getattr(getattr(e.response, "request", None), "method", "") != "PUT":
+                    raise
+                # Pieces go by PUT, to a session that the server can lose; the bucket is looked for by the POST before.
+                raise ServiceUnavailable(f"{self.uri}/{name}: the server lost the upload midway; try again") from e
         return True
 
     def page(self, prefix: str, token: str | None, limit: int) -> Page:
@@ -157,6 +162,8 @@ def translated(uri: str) -> Iterator[None]:
     except DataCorruption as e:
         raise TransferError(f"{uri} arrived with a wrong checksum; try again") from e
     except api.GoogleAPICallError as e:
+        if (e.code or 0) in range(200, 300):
+            raise no_bucket(uri, e) from e
         kind, cure = verdict(e.code or 0)
         raise kind(f"{uri}: {e.code} {first_line(e.message)}; {cure}") from e
     except auth.RefreshError as e:
