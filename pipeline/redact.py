@@ -18,8 +18,8 @@ QUERY = (
     "(?:api_?|access_|secret_)?key|client_secret|secret|password|code"
 )
 FIELD = (
-    r"(?:access|id|refresh|session|security)_?token|aws_?access_?key_?id|secret_?access_?key|secret_?key|"
-    r"client_secret|private_key|api_?key|password"
+    r"(?:access|api|auth|hf|hub|id|refresh|session|security)_?token|aws_?access_?key_?id|secret_?access_?key|secret_?key|"
+    r"client_secret|private_key|api_?key|password|passwd|passphrase"
 )
 # What stays is the first group.
 SHAPES = [
