@@ -10,6 +10,10 @@ from tokenizers.models import BPE
 from pipeline.disk import as_machine_error, clear, errors_translated
 from pipeline.errors import CheckFailed, DataError, MachineError, NotAllowed
 
+refusal = pytest.mark.fault(
+    "processes and whole runs", "a machine that refuses memory, files, threads or its disk", "ended with code 71"
+)
+
 FULL = Path("/dev/full")  # every write to it finds the disk full
 needs_full = pytest.mark.skipif(not FULL.exists(), reason="the system has no /dev/full")
 
@@ -17,6 +21,7 @@ needs_full = pytest.mark.skipif(not FULL.exists(), reason="the system has no /de
 NUMBERS = ["ENOSPC", "EDQUOT", "EIO", "EROFS", "ESTALE", "ENOMEM", "EAGAIN", "EMFILE", "ENFILE", "EFBIG", "ENOTCONN"]
 
 
+@refusal
 @pytest.mark.parametrize("number", [getattr(errno, name) for name in NUMBERS])
 def test_what_the_machine_refuses_is_its_error(number, tmp_path):
     with pytest.raises(MachineError, match=str(tmp_path)) as caught, errors_translated(tmp_path):
@@ -61,6 +66,7 @@ def test_what_is_not_the_disks_stays_what_it_is(error):
     assert caught.value is error
 
 
+@refusal
 @pytest.mark.parametrize(
     "error",
     [
@@ -97,6 +103,7 @@ def test_what_cannot_go_is_named(tmp_path):
         clear(tmp_path / "file" / "x")
 
 
+@refusal
 def test_that_no_temporary_file_can_be_made_is_the_machines_error(monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", None)
     monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "nowhere")])
