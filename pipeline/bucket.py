@@ -225,11 +225,12 @@ class BucketStore:
                 if arrival.size < arrival.found.size:
                     self.requests.fetch(name, arrival.found, arrival.size, partial(arrival.take, number))
                 arrival.check(number)
-            except Overtaken:
-                newer = self.requests.head(name)
+            except TransferError as e:
+                newer = self.requests.head(name)  # what came can be of another version, where a server forgets which
                 if newer is None:
                     raise InputMissing(f"{self._uri(name)} was deleted while it was read; start again") from None
-                arrival.restart(number, newer)
+                if isinstance(e, Overtaken) or newer.version != arrival.found.version:
+                    arrival.restart(number, newer)
                 raise
 
         retry(go_on, Deadline(found.size), self._uri(name), try_seconds(found.size))
