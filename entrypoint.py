@@ -22,6 +22,7 @@ import click
 from pipeline import __version__, logs, platforms
 from pipeline.disk import as_machine_error
 from pipeline.errors import NotAllowed, QuotesmithError
+from pipeline.foreign_text import printable
 from pipeline.options import Door, job_options, request_options, sampling_options
 from pipeline.platforms import Platform
 from pipeline.redact import one_sentence, redact
@@ -33,6 +34,7 @@ from pipeline.terminal import give, say
 
 log = logging.getLogger("quotesmith")
 
+LONGEST_ERROR = 4000  # characters
 GROUP = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 
@@ -239,12 +241,13 @@ def verdict(error: BaseException) -> tuple[int, str]:
 
 
 def fail(error: QuotesmithError) -> tuple[int, str]:
-    """The sentence, once: as a log line when the log is JSON, else plainly."""
+    """The sentence, once: as a log line when the log is JSON, else plainly. Foreign text in it obeys no terminal."""
+    sentence = printable(redact(str(error)), LONGEST_ERROR)
     if logs.as_json():
-        log.error("error: %s", error)
+        log.error("error: %s", sentence)
     else:
-        say(f"error: {redact(str(error))}", err=True)
-    return error.exit_code, str(error)
+        say(f"error: {sentence}", err=True)
+    return error.exit_code, sentence
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ class Arrival:
     Tries are numbered: one that was left behind can still be running, and nothing is taken from it.
     """
 
-    def __init__(self, found: Stat, file: IO[bytes], report: Callable[[int], object]) -> None:
-        self.file, self.report = file, report
+    def __init__(self, uri: str, found: Stat, file: IO[bytes], report: Callable[[int], object]) -> None:
+        self.uri, self.file, self.report = uri, file, report
         self.number, self.lock = 0, threading.Lock()
         self._empty(found)
 
@@ -31,6 +31,9 @@ class Arrival:
 
     def take(self, number: int, chunk: bytes) -> None:
         with self._turn(number):
+            if self.size + len(chunk) > self.found.size:  # it could fill the disk, or the memory
+                self._empty(self.found)
+                raise TransferError(f"{self.uri} sent more than its {self.found.size} bytes; try again")
             self.file.write(chunk)
             self.size += len(chunk)
             if self.found.crc32c:
@@ -43,14 +46,14 @@ class Arrival:
         with self._turn(number):
             self._empty(found)
 
-    def check(self, number: int, uri: str) -> None:
+    def check(self, number: int) -> None:
         """TransferError unless these are the object's bytes."""
         with self._turn(number):
             if self.size < self.found.size:
-                raise TransferError(f"{uri} broke off after {self.size} of {self.found.size} bytes; try again")
-            if self.size > self.found.size or not self.is_intact():
+                raise TransferError(f"{self.uri} broke off after {self.size} of {self.found.size} bytes; try again")
+            if not self.is_intact():
                 self._empty(self.found)
-                raise TransferError(f"{uri} arrived with a wrong checksum; try again")
+                raise TransferError(f"{self.uri} arrived with a wrong checksum; try again")
 
     @contextmanager
     def _turn(self, number: int) -> Iterator[None]:

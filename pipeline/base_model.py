@@ -8,6 +8,7 @@ import logging
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 
 import httpx2
@@ -77,8 +78,17 @@ def resolve(cfg: ModelConfig) -> str:
     path = on_disk(cfg)
     if path is None:
         return f"{cfg.base}@{commit_of(cfg)}"
+    if path.is_dir():
+        require_regular_files(path, cfg.base)
     files = [path] if path.is_file() else [file for pattern in FILES for file in path.glob(pattern)]
     return f"sha256:{sha256_of_files(files)}"
+
+
+def require_regular_files(folder: Path, base: str) -> None:
+    """Reading a pipe or a device could wait, or go on, for ever."""
+    for file in folder.iterdir():
+        if any(fnmatch(file.name, pattern) for pattern in FILES) and not file.is_file():
+            raise DataError(f"{file.name} of model.base {base} is no regular file; fetch it again")
 
 
 def on_disk(cfg: ModelConfig) -> Path | None:
@@ -151,6 +161,7 @@ def hub_errors(repo: str, commit: str) -> Iterator[None]:
 def load(folder: Path, base: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model in fp32 and tokenizer, after the checks that cost nothing."""
     require_files((file.name for file in folder.iterdir()), base)
+    require_regular_files(folder, base)
     require_causal_lm(folder / "config.json", base)
     try:
         check_folder(folder)
@@ -188,6 +199,8 @@ def require_causal_lm(config_json: Path, base: str) -> None:
         kind, architectures = str(config.get("model_type", "nothing")), config.get("architectures") or []
     except (ValueError, AttributeError, RecursionError) as e:
         raise DataError(f"config.json of model.base {base} is not a JSON object ({e})") from e
+    if config.get("quantization_config") is not None:
+        raise ConfigError(f"model.base {base} is quantized by its config.json; give the model as it was before that")
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
         raise DataError(f"config.json of model.base {base} has architectures {architectures!r}; needed a list of names")
     known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind, ())

@@ -42,6 +42,8 @@ Result = TypeVar("Result")
 WRITE_ATTEMPTS = 5  # when somebody else writes the same object meanwhile
 PAGE_OBJECTS = 1000
 BUSY = (408, 429)
+# What an SDK trips over when no bucket answers, but a proxy with its page to log in, say, or a redirect to itself.
+NO_ANSWER = (AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 Body = bytes | Path
 Page = tuple[list[tuple[str, int]], str | None]  # (name, bytes) of objects, and the token of the next page
@@ -120,7 +122,10 @@ class BucketStore:
         check_prefix(prefix)
         token: str | None = None
         while True:
-            page, token = self._page(prefix, token)
+            last = token
+            page, token = self._page(prefix, last)
+            if token and token == last:
+                raise no_bucket(self._uri(prefix), "a list without an end")
             for name, size in page:
                 if not name.endswith("/"):  # the consoles' stand-ins for folders
                     yield check_listed(name, self.uri), size
@@ -154,7 +159,14 @@ class BucketStore:
 
     def _head(self, name: str, deadline: Deadline) -> Stat | None:
         check_name(name)
-        return self._retry(lambda: self.requests.head(name), deadline, name)
+
+        def head() -> Stat | None:
+            found = self.requests.head(name)
+            if found and not is_sensible(found):
+                raise no_bucket(self._uri(name), "an object without a size or a version")
+            return found
+
+        return self._retry(head, deadline, name)
 
     def _found(self, name: str) -> Stat:
         found = self._head(name, Deadline())
@@ -205,19 +217,20 @@ class BucketStore:
             return False
 
     def _download(self, name: str, found: Stat, file: IO[bytes], report: Report) -> None:
-        arrival = Arrival(found, file, report)
+        arrival = Arrival(self._uri(name), found, file, report)
 
         def go_on() -> None:
             number = arrival.begin()
             try:
                 if arrival.size < arrival.found.size:
                     self.requests.fetch(name, arrival.found, arrival.size, partial(arrival.take, number))
-                arrival.check(number, self._uri(name))
-            except Overtaken:
-                newer = self.requests.head(name)
+                arrival.check(number)
+            except TransferError as e:
+                newer = self.requests.head(name)  # what came can be of another version, where a server forgets which
                 if newer is None:
                     raise InputMissing(f"{self._uri(name)} was deleted while it was read; start again") from None
-                arrival.restart(number, newer)
+                if isinstance(e, Overtaken) or newer.version != arrival.found.version:
+                    arrival.restart(number, newer)
                 raise
 
         retry(go_on, Deadline(found.size), self._uri(name), try_seconds(found.size))
@@ -242,6 +255,19 @@ def verdict(code: int) -> tuple[type[QuotesmithError], str]:
     if code in BUSY or code >= 500:
         return ServiceUnavailable, "try later"
     return ConfigError, "the server refuses the request; check the bucket and the name"
+
+
+def is_sensible(found: Stat) -> bool:
+    """Whether a server that says this of an object can have it."""
+    return isinstance(found.size, int) and found.size >= 0 and found.version not in ("", "None")
+
+
+def no_bucket(uri: str, why: object) -> ServiceUnavailable:
+    """For answers that no service gives: whatever speaks there may be in the way for a while only."""
+    said = f"{type(why).__name__} {why}" if isinstance(why, Exception) else why
+    return ServiceUnavailable(
+        f"{uri}: what answers there is no bucket ({first_line(said)}); check the endpoint, and proxies on the way"
+    )
 
 
 def first_line(message: object) -> str:

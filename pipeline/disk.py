@@ -18,18 +18,23 @@ SAID = {
     **dict.fromkeys(FULL, FULL_SAID),
     errno.EIO: "the disk failed ({where}): input/output error; check it, or run again on another machine",
     errno.EROFS: "the disk is read-only now ({where}), as a failing one is made; check it, or run again elsewhere",
+    errno.EFBIG: "a file would be larger than is allowed ({where}); raise the limit (ulimit -f), or use another disk",
+    errno.ENOTCONN: "the network drive is gone ({where}); mount it anew and run again",
     errno.ESTALE: "the network drive lost a file ({where}); check the drive and run again",
     errno.ENOMEM: "memory ran out ({where}); run again with more memory",
     errno.EAGAIN: "no process or thread can be started ({where}); raise the limit (ulimit -u, pids.max), run again",
     errno.EMFILE: FILES_SAID,
     errno.ENFILE: FILES_SAID,
 }
+NO_TEMPORARY = "No usable temporary directory"  # Python's tempfile, whose number says that a file is missing
+TEMPORARY_SAID = "no folder for temporary files can be written; set TMPDIR to one with room, or mount one at /tmp"
 LEAST_FREE_BYTES = 1 << 20  # with less than this left, what failed while writing failed for lack of disk
 IN_RUST = re.compile(r"\(os error (\d+)\)")  # safetensors and tokenizers have exceptions of their own
 NO_NUMBER = {
     # torch.save: its own writing, what it checks afterwards, and C++'s closing of the file
     **dict.fromkeys(("PytorchStreamWriter failed", "unexpected pos", "iostream error"), errno.EIO),
     "can't start new thread": errno.EAGAIN,
+    "failed to map segment from shared object": errno.ENOMEM,  # the loader, under a limit (ulimit -v)
 }
 
 
@@ -51,6 +56,8 @@ def is_full(folder: Path, error: BaseException | None = None) -> bool:
 
 def as_machine_error(error: BaseException, where: object) -> MachineError | None:
     """What to raise instead of `error`; None where the machine is not to blame."""
+    if isinstance(error, FileNotFoundError) and NO_TEMPORARY in str(error):
+        return MachineError(TEMPORARY_SAID)
     said = SAID.get(number_of(error) or 0)
     return MachineError(said.format(where=where)) if said else None
 

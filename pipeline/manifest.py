@@ -16,9 +16,11 @@ from pydantic import TypeAdapter
 from pipeline import __version__
 from pipeline.artifacts import Release, ReleasedFile, sha256_of
 from pipeline.errors import DataError
+from pipeline.foreign_text import printable
 from pipeline.storage import check_listed, check_name, crc32c_of
 
 SCHEMA_VERSION = 1
+LONGEST_FINDING = 200  # characters
 SHA256 = re.compile(r"[0-9a-f]{64}")
 CREATED = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z")  # compared as text
 
@@ -82,19 +84,23 @@ def from_bytes(data: bytes, output: str, run_id: str) -> Release:
             files=files,
         )
     except (ValueError, KeyError, TypeError, RecursionError) as e:
-        raise DataError(f"{where} is not a manifest of this program: {type(e).__name__} {e}") from e
-    if version != SCHEMA_VERSION:
-        raise DataError(f"{where} has schema version {version}; this program reads {SCHEMA_VERSION}")
-    if release.run_id != run_id:
-        raise DataError(f"{where} is the manifest of run {release.run_id}; it was copied from elsewhere")
-    if not isinstance(release.created, str) or not CREATED.fullmatch(release.created):
         raise DataError(
-            f"{where} has {release.created!r} for when it was created, not a time like {created_at(0)}; remove that run"
+            f"{where} is not a manifest of this program: {type(e).__name__} {printable(e, LONGEST_FINDING)}"
+        ) from e
+    if version != SCHEMA_VERSION:
+        raise DataError(f"{where} has schema version {printable(version, 20)}; this program reads {SCHEMA_VERSION}")
+    if release.run_id != run_id:
+        said = printable(release.run_id, LONGEST_FINDING)
+        raise DataError(f"{where} is the manifest of run {said}; it was copied from elsewhere")
+    if not isinstance(release.created, str) or not CREATED.fullmatch(release.created):
+        said = printable(release.created, LONGEST_FINDING)
+        raise DataError(
+            f"{where} has {said!r} for when it was created, not a time like {created_at(0)}; remove that run"
         )
     if release.result_digest != result_digest(files):
         raise DataError(f"{where} has a result_digest that does not match its own list of files")
     for file in files:
         if not SHA256.fullmatch(file.sha256):
-            raise DataError(f"{where} has the impossible SHA-256 {file.sha256!r} for {file.name}")
+            raise DataError(f"{where} has an impossible SHA-256 for {file.name!a}")
         check_listed(file.name, where)
     return release

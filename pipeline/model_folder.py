@@ -13,6 +13,7 @@ from pipeline.errors import DataError
 from pipeline.foreign_text import printable
 from pipeline.safetensors_file import tensors_of
 
+ADAPTER = "adapter_config.json"
 INDEX = "model.safetensors.index.json"
 LARGEST_CONFIG = 1024 * 1024  # bytes
 LARGEST_TEXT = 128 * 1024 * 1024  # bytes of a tokenizer or an index; that of a vocabulary of 256,000 has 33 MB
@@ -21,6 +22,8 @@ FILLED_IN = 2  # transformers makes up weights that are missing: a model may hav
 
 def check_folder(folder: Path) -> None:
     """Raises `DataError`."""
+    if (folder / ADAPTER).exists():  # transformers would load the model that it names, from a hub
+        raise DataError(f"{ADAPTER} names another model to load; merge the adapter into its model, or remove it")
     for path in folder.glob("*.json"):
         limit = LARGEST_CONFIG if path.name in ("config.json", "generation_config.json") else LARGEST_TEXT
         check_size(path, limit)
@@ -49,7 +52,7 @@ def check_index(folder: Path) -> None:
 def check_shape(folder: Path, tensors: int, elements: int) -> None:
     """config.json against what the files hold, on a model without memory."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    if config.num_hidden_layers > tensors:
+    if not 1 <= config.num_hidden_layers <= tensors:
         raise DataError(f"config.json has {config.num_hidden_layers} layers, but the files only {tensors} tensors")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)

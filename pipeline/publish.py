@@ -26,7 +26,7 @@ LATEST = "latest.json"
 METRICS = "metrics.json"
 SWAP_ATTEMPTS = 10
 SKEW_SECONDS = 60.0  # between the clocks of two machines that are both right
-RUN_ID = re.compile(r"\w[\w.-]*")
+RUN_ID = re.compile(r"\w[\w.-]{0,99}")
 
 
 def always() -> None:

@@ -18,8 +18,8 @@ QUERY = (
     "(?:api_?|access_|secret_)?key|client_secret|secret|password|code"
 )
 FIELD = (
-    r"(?:access|id|refresh|session|security)_?token|aws_?access_?key_?id|secret_?access_?key|secret_?key|"
-    r"client_secret|private_key|api_?key|password"
+    r"(?:access|api|auth|hf|hub|id|refresh|session|security)_?token|aws_?access_?key_?id|secret_?access_?key|secret_?key|"
+    r"client_secret|private_key|api_?key|password|passwd|passphrase"
 )
 # What stays is the first group.
 SHAPES = [
@@ -28,7 +28,7 @@ SHAPES = [
     re.compile(r"(\b(?:Proxy-)?Authorization[\"']?\s*[:=]\s*[\"']?)[^\r\n\"']+", re.I),
     re.compile(r"(\bX-(?:Amz|Goog)-[\w-]*Token[\"']?\s*[:=]\s*[\"']?)[^\s\"'&,}]+", re.I),
     re.compile(r"(\bBearer\s+)(?=\S*[\d._~+/-])[\w.~+/=-]{16,}", re.I),
-    re.compile(r"([a-z][a-z0-9+.-]*://)[^/\s:@]*:[^/\s@]+@", re.I),  # user:password@
+    re.compile(r"""([a-z][a-z0-9+.-]*://)[^/\s@"'<>]+@""", re.I),  # user:password@, or a token alone
     re.compile(r"()-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.S),
     re.compile(r"()\b(?:AKIA|ASIA)[A-Z0-9]{12,}\b"),  # AWS
     re.compile(r"()\bya29\.[\w-]{16,}"),  # Google

@@ -18,7 +18,7 @@ from pipeline.errors import ServiceUnavailable, TransferError, TryLater
 log = logging.getLogger(__name__)
 
 BUDGET_SECONDS = 60.0  # for all tries of a call that moves no data to speak of
-PIECE_BYTES = 16 * 1024 * 1024  # a larger upload goes in pieces, each tried again by itself
+PIECE_BYTES = 32 * 1024 * 1024  # a larger upload goes in pieces, each tried again by itself
 SLOWEST_BYTES_PER_SECOND = 250_000  # data adds its size over this: 5 min for GPT-2's file of 71 MB
 FIRST_PAUSE_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 8.0

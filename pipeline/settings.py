@@ -153,7 +153,7 @@ def from_file(uri: str) -> Source:
     except UnicodeDecodeError as e:
         raise ConfigError(f"{uri} is not UTF-8 text; needed a YAML file") from e
     except (yaml.YAMLError, RecursionError) as e:
-        raise ConfigError(f"{uri} is not valid YAML: {' '.join(str(e).split())}") from e
+        raise ConfigError(f"{uri} is not valid YAML: {problem_of(e)}") from e
     if content is None:
         content = {}
     if not isinstance(content, dict):
@@ -163,6 +163,13 @@ def from_file(uri: str) -> Source:
     refuse_unknown(flat, settings, f"setting in {uri}")
     given = {key: parse(settings[key], value) for key, value in flat.items()}
     return given, dict.fromkeys(given, f"file {uri}")
+
+
+def problem_of(error: Exception) -> str:
+    """What and where; the line itself, which the error would repeat, can hold a secret."""
+    if not isinstance(error, yaml.MarkedYAMLError) or not error.problem_mark:
+        return " ".join(str(error).split())
+    return f"{error.problem} in line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}"
 
 
 def flatten(content: Mapping[Any, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:

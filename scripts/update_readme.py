@@ -46,8 +46,15 @@ def faults_markdown(head: dict[str, Any], told: list[dict[str, str]]) -> str:
     for each in told:
         outcomes[each["group"], each["fault"]][each["outcome"]] += int(each["count"])
     total = sum(found.total() for found in outcomes.values())
+    groups: Counter[str] = Counter()
+    for (group, _), found in outcomes.items():
+        groups[group] += found.total()
+    by_group = "; ".join(f"{group}: {count:,}" for group, count in groups.most_common())
     rows = [
-        f"{total:,} faults; with any other outcome the tests fail. Those of {LOOKED_AT} came at "
+        f"{total:,} faults, none with anything lost or half published: with any other outcome the tests fail. "
+        f"By group: {by_group}.",
+        "",
+        f"Those of {LOOKED_AT} came at "
         f"{EVERY if head['every_fault'] else SAMPLE}, each followed by a look at everything that was left. "
         f"(Written by the tests at commit {head['commit']}.)",
         "",

@@ -13,7 +13,7 @@ from pipeline.storage import Crc32c, Stat
 
 def arriving(found: Stat) -> tuple[Arrival, io.BytesIO, int]:
     file = io.BytesIO()
-    arrival = Arrival(found, file, lambda _: None)
+    arrival = Arrival("x", found, file, lambda _: None)
     return arrival, file, arrival.begin()
 
 
@@ -29,10 +29,10 @@ def test_a_changed_byte_is_noticed_by_whatever_checksum_is_known(known: tuple[st
     arrival, file, number = arriving(Stat(5, "1", **sums))
     arrival.take(number, b"qu0te")
     with pytest.raises(errors.TransferError, match="wrong checksum"):
-        arrival.check(number, "x")
+        arrival.check(number)
     assert file.getvalue() == b""
     arrival.take(number, b"quote")
-    arrival.check(number, "x")
+    arrival.check(number)
     assert file.getvalue() == b"quote"
 
 
@@ -40,27 +40,26 @@ def test_what_broke_off_is_kept_and_what_is_too_long_starts_over() -> None:
     arrival, file, number = arriving(Stat(5, "1"))
     arrival.take(number, b"quo")
     with pytest.raises(errors.TransferError, match="broke off after 3 of 5 bytes"):
-        arrival.check(number, "x")
+        arrival.check(number)
     assert file.getvalue() == b"quo"
-    arrival.take(number, b"tes")
-    with pytest.raises(errors.TransferError):
-        arrival.check(number, "x")
+    with pytest.raises(errors.TransferError, match="x sent more than its 5 bytes"):
+        arrival.take(number, b"tes")
     assert file.getvalue() == b"" and arrival.size == 0
 
 
 def test_bytes_of_a_try_that_was_left_behind_are_not_taken() -> None:
     file = io.BytesIO()
-    arrival = Arrival(Stat(4, "1"), file, lambda _: None)
+    arrival = Arrival("x", Stat(4, "1"), file, lambda _: None)
     left_behind = arrival.begin()
     arrival.take(left_behind, b"ab")
     going_on = arrival.begin()
     for act in (
         lambda: arrival.take(left_behind, b"cd"),
         lambda: arrival.restart(left_behind, Stat(9, "2")),
-        lambda: arrival.check(left_behind, "x"),
+        lambda: arrival.check(left_behind),
     ):
         with pytest.raises(errors.TransferError, match="another try"):
             act()
     arrival.take(going_on, b"CD")
-    arrival.check(going_on, "x")
+    arrival.check(going_on)
     assert file.getvalue() == b"abCD"

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -147,6 +148,41 @@ def fewer_rows(folder):
     )
 
 
+def pipe(name):
+    def spoil(folder):
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name)
+
+    return spoil
+
+
+def link(name, target):
+    def spoil(folder):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(target)
+
+    return spoil
+
+
+@pytest.mark.fault("hostile files and names", "pipes, devices and loops in a base model", "refused in one sentence")
+@pytest.mark.parametrize(
+    ("spoil", "name"),
+    [
+        (pipe("config.json"), "config.json"),
+        (pipe("tokenizer_config.json"), "tokenizer_config.json"),
+        (link("model.safetensors", "/dev/zero"), "model.safetensors"),
+        (link("model.safetensors", "model.safetensors"), "model.safetensors"),
+        (link("config.json", "config.json"), "config.json"),
+        (link("merges.txt", "nowhere"), "merges.txt"),
+    ],
+)
+def test_what_could_be_read_for_ever_is_refused_before_it_is_read(spoil, name, folder, out):
+    spoil(folder)
+    for act in (resolve, lambda cfg: obtain(cfg, out=out)):
+        with pytest.raises(DataError, match=f"{name} of model.base .* is no regular file"):
+            act(ModelConfig(base=str(folder)))
+
+
 @pytest.mark.fault("hostile files and names", "base models torn or poisoned", "refused in one sentence")
 @pytest.mark.parametrize(
     ("spoil", "found"),
@@ -156,6 +192,7 @@ def fewer_rows(folder):
         (lose_one, r"lacks 1 of its weights, such as transformer\.h\.1\.mlp\.c_fc\.weight"),
         (fewer_rows, "ids up to 50256"),
         (lambda folder: (folder / "config.json").write_text("[]"), "not a JSON object"),
+        (lambda folder: (folder / "adapter_config.json").write_text("{}"), "names another model to load"),
     ],
 )
 def test_torn_or_poisoned_weights_are_bad_data(spoil, found, folder, out):
@@ -182,6 +219,9 @@ def test_a_device_is_no_model():
         ({"architectures": 5}, DataError, "needed a list of names"),
         ({"n_head": 0}, DataError, "cannot be loaded"),
         ({"n_embd": "wide"}, DataError, "cannot be loaded"),
+        ({"n_layer": -1}, DataError, "-1 layers"),
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, ConfigError, "is quantized"),
+        ({"quantization_config": 5}, ConfigError, "is quantized"),
     ],
 )
 def test_a_config_that_makes_no_sense_is_one_sentence(changes, error, found, folder, out):

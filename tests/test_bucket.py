@@ -203,6 +203,27 @@ def test_a_download_is_of_one_version_even_when_the_object_changes_meanwhile(tmp
     assert (tmp_path / "x").read_bytes() == b"new and longer " * 50
 
 
+@pytest.mark.parametrize("newer", [b"new", b"NEW ", b"new and longer"])
+def test_a_server_that_forgets_which_version_was_asked_for_gives_the_newest_in_the_end(
+    newer: bytes, tmp_path: Path
+) -> None:
+    service = Service()
+    service.write("x", b"old ", None)
+
+    class Forgetting(Once):
+        changed = False
+
+        def fetch(self, name: str, found: Stat, start: int, take: Callable[[bytes], object]) -> None:
+            if not self.changed:
+                self.changed = service.write("x", newer, found.version)
+            data, version = service.objects[name]
+            super().fetch(name, self._stat(data, version), start, take)
+
+    store = BucketStore(Forgetting(service))
+    store.get("x", tmp_path / "x")
+    assert (tmp_path / "x").read_bytes() == newer
+
+
 def test_an_object_that_is_deleted_while_it_is_read_is_missing_input(tmp_path: Path) -> None:
     service = Service()
     service.write("x", b"data", None)

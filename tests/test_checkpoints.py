@@ -13,6 +13,12 @@ from pipeline.errors import ServiceUnavailable, TryLater
 from pipeline.mirror import Mirror
 from pipeline.sealed import MARKER, opened
 
+torn = pytest.mark.fault(
+    "leases, failures, checkpoints",
+    "checkpoints and copies that are torn, altered or hold a pickle",
+    "passed over for one that is whole",
+)
+
 ALWAYS = ResumeConfig(steps=1)
 
 
@@ -101,6 +107,7 @@ def test_a_process_that_is_to_stop_stops_also_where_there_is_no_room(tmp_path, m
         at(tmp_path).save(1, full)
 
 
+@torn
 @pytest.mark.parametrize("damage", ["altered", "no marker", "torn marker", "gone", "other versions"])
 def test_a_torn_one_is_passed_over_for_the_one_before(damage, tmp_path, caplog, monkeypatch):
     checkpoints = at(tmp_path)
@@ -159,6 +166,7 @@ def test_clearing_waits_for_the_copies_of_every_part(tmp_path, mirror, monkeypat
     assert list(mirror.store.list("")) == []
 
 
+@torn
 def test_what_is_torn_here_or_not_here_comes_from_the_bucket(tmp_path, mirror):
     save(at(tmp_path / "a", mirror), 1, 2)
     (tmp_path / "a" / "step-00000002" / "state.json").write_text("torn")
@@ -174,6 +182,7 @@ def test_a_newer_one_here_wins_over_the_buckets_and_a_newer_one_there_over_this_
     assert [step_of(at(tmp_path / folder, mirror).newest()) for folder in "ab"] == [3, 2]
 
 
+@torn
 def test_a_copy_with_a_pickle_among_its_files_is_passed_over(tmp_path, mirror, caplog):
     checkpoints = at(tmp_path / "a", mirror)
     save(checkpoints, 1)

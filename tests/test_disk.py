@@ -1,4 +1,5 @@
 import errno
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -9,13 +10,18 @@ from tokenizers.models import BPE
 from pipeline.disk import as_machine_error, clear, errors_translated
 from pipeline.errors import CheckFailed, DataError, MachineError, NotAllowed
 
+refusal = pytest.mark.fault(
+    "processes and whole runs", "a machine that refuses memory, files, threads or its disk", "ended with code 71"
+)
+
 FULL = Path("/dev/full")  # every write to it finds the disk full
 needs_full = pytest.mark.skipif(not FULL.exists(), reason="the system has no /dev/full")
 
 
-NUMBERS = ["ENOSPC", "EDQUOT", "EIO", "EROFS", "ESTALE", "ENOMEM", "EAGAIN", "EMFILE", "ENFILE"]
+NUMBERS = ["ENOSPC", "EDQUOT", "EIO", "EROFS", "ESTALE", "ENOMEM", "EAGAIN", "EMFILE", "ENFILE", "EFBIG", "ENOTCONN"]
 
 
+@refusal
 @pytest.mark.parametrize("number", [getattr(errno, name) for name in NUMBERS])
 def test_what_the_machine_refuses_is_its_error(number, tmp_path):
     with pytest.raises(MachineError, match=str(tmp_path)) as caught, errors_translated(tmp_path):
@@ -60,7 +66,15 @@ def test_what_is_not_the_disks_stays_what_it_is(error):
     assert caught.value is error
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't start new thread")])
+@refusal
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("can't start new thread"),
+        ImportError("libx.so: failed to map segment from shared object"),
+    ],
+)
 def test_what_python_has_no_number_for_is_the_machines_error_too(error):
     assert as_machine_error(error, "here")
 
@@ -87,3 +101,11 @@ def test_what_cannot_go_is_named(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(NotAllowed, match=r"file/x is in the way and cannot be removed \(Not a directory\)"):
         clear(tmp_path / "file" / "x")
+
+
+@refusal
+def test_that_no_temporary_file_can_be_made_is_the_machines_error(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "nowhere")])
+    with pytest.raises(MachineError, match="set TMPDIR"), errors_translated(tmp_path):
+        tempfile.gettempdir()

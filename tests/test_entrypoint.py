@@ -92,6 +92,14 @@ def test_every_error_ends_with_its_own_code(error, capsys):
     assert "Traceback" not in capsys.readouterr().err
 
 
+def test_what_an_error_repeats_of_a_file_obeys_no_terminal(capsys):
+    def breaks():
+        raise QuotesmithError("found \x1b[2J\x07 in\nline 1, needed\ttext")
+
+    entrypoint.exit_code_of(breaks)
+    assert capsys.readouterr().err == "error: found [2J in line 1, needed text\n"
+
+
 def test_a_bug_of_ours_shows_its_traceback(capsys):
     def breaks():
         raise ZeroDivisionError

@@ -19,6 +19,12 @@ from pipeline.rejection import Rejected
 from pipeline.storage import Store, open_store
 from tests.faulty_requests import FaultyRequests, Service
 
+damaged_record = pytest.mark.fault(
+    "leases, failures, checkpoints",
+    "a LEASE.json or FAILURE.json that is damaged, absurd or huge",
+    "keeps nobody from working",
+)
+
 NAME = failure_name("run1")
 
 
@@ -110,6 +116,7 @@ def test_a_later_failure_replaces_an_older_one(cfg: JobConfig, store: Store) -> 
         failures(store, cfg).refuse(retry=False)
 
 
+@damaged_record
 @pytest.mark.parametrize(
     "content", [b"", b"[]", b"{}", b"\xff", b'{"exit_code": "70"}', b'{"exit_code": [1]}', b"[" * 99999]
 )
@@ -120,6 +127,7 @@ def test_a_file_that_is_no_record_of_ours_keeps_nobody_from_trying(
     failures(store, cfg).refuse(retry=False)
 
 
+@damaged_record
 def test_a_file_that_is_larger_than_any_record_keeps_nobody_from_trying(
     cfg: JobConfig, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

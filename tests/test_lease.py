@@ -25,6 +25,18 @@ from pipeline.publish import publish, verify
 from pipeline.storage import Store, open_store
 from tests.faulty_requests import FaultyRequests, Service
 
+dead_holder = pytest.mark.fault(
+    "leases, failures, checkpoints",
+    "a holder that died, and clocks that are wrong",
+    "followed when its time is over, never sooner",
+)
+
+damaged_record = pytest.mark.fault(
+    "leases, failures, checkpoints",
+    "a LEASE.json or FAILURE.json that is damaged, absurd or huge",
+    "keeps nobody from working",
+)
+
 SECONDS = 0.6
 NAME = lease_name("run1")
 ELSEWHERE = {"host": "another machine", "pid": 7}
@@ -108,6 +120,7 @@ def test_a_dead_holders_lease_expires_for_one_that_waits(store: Store, monkeypat
     assert store.stat(NAME) is None
 
 
+@dead_holder
 def test_a_lease_that_looks_long_over_is_watched_for_its_full_time_and_then_taken(
     local: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,6 +132,7 @@ def test_a_lease_that_looks_long_over_is_watched_for_its_full_time_and_then_take
     assert SECONDS <= time.monotonic() - started < SECONDS + 5
 
 
+@dead_holder
 @pytest.mark.parametrize("ahead_seconds", [-60, 60, 3600 * 1000])
 def test_a_dead_holder_whose_clock_was_wrong_is_watched_for_its_full_time_and_then_followed(
     local: Store, ahead_seconds: float, monkeypatch: pytest.MonkeyPatch
@@ -133,6 +147,7 @@ def test_a_dead_holder_whose_clock_was_wrong_is_watched_for_its_full_time_and_th
     assert 1.5 <= time.monotonic() - started < 1.5 + 5
 
 
+@dead_holder
 @pytest.mark.parametrize("hours", [-1000, 1000])
 def test_a_clock_that_is_wrong_by_weeks_takes_nothing_from_a_living_holder(
     local: Store, hours: int, monkeypatch: pytest.MonkeyPatch
@@ -151,6 +166,7 @@ def test_a_clock_that_is_wrong_by_weeks_takes_nothing_from_a_living_holder(
     first.release()
 
 
+@dead_holder
 def test_a_holder_of_this_machine_that_was_killed_is_followed_at_once(local: Store, tmp_path: Path) -> None:
     script = (
         "import sys, time; from pipeline.lease import Lease; from pipeline.storage import open_store;"
@@ -199,6 +215,7 @@ def test_a_lease_that_somebody_removed_is_taken_again(local: Store) -> None:
 HUGE = "9" * 400
 
 
+@damaged_record
 @pytest.mark.parametrize(
     ("seconds", "until"),
     [
@@ -216,12 +233,14 @@ def test_absurd_numbers_in_a_lease_keep_nobody_waiting_for_longer_than_a_lease_l
     assert time.monotonic() - started < 5
 
 
+@damaged_record
 @pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"\xff", b'{"holder": 1, "seconds": "x"}', b"[" * 100_000])
 def test_a_damaged_lease_belongs_to_nobody_and_expires(local: Store, content: bytes) -> None:
     local.put_if_absent(NAME, content)
     held(local).release()
 
 
+@damaged_record
 def test_a_lease_that_is_larger_than_any_belongs_to_nobody_and_expires(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

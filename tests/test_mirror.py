@@ -15,6 +15,12 @@ from pipeline.sealed import MARKER, opened, seal
 from pipeline.storage import local, open_store
 from tests.faulty_requests import FaultyRequests, Killed, Service, simulate_time
 
+torn = pytest.mark.fault(
+    "leases, failures, checkpoints",
+    "checkpoints and copies that are torn, altered or hold a pickle",
+    "passed over for one that is whole",
+)
+
 ALL = ("*",)
 WEIGHTS = save({"w": torch.ones(3)})
 FAULTS = ("busy", "lost", "delay", "cut", "short", "flipped", "late", "conflict", "twice")
@@ -73,6 +79,7 @@ def test_the_marker_is_written_last_and_removed_first(folder, tmp_path, monkeypa
     assert [number for number, (_, name) in enumerate(done) if name.endswith(MARKER)] == [2, 3]
 
 
+@torn
 @pytest.mark.parametrize("damage", ["object gone", "object altered", "object longer", "marker torn", "marker escapes"])
 def test_a_damaged_copy_is_passed_over_with_one_line(folder, tmp_path, damage, caplog):
     mirror = Mirror(str(tmp_path / "bucket"), "run")
@@ -98,6 +105,7 @@ def test_a_damaged_copy_is_passed_over_with_one_line(folder, tmp_path, damage, c
     assert not list(tmp_path.glob(".writing-*"))
 
 
+@torn
 def test_a_copy_that_holds_what_the_job_never_makes_is_passed_over(folder, tmp_path, caplog):
     (folder / "pytorch_model.bin").write_bytes(b"pickle")
     seal(folder, {})
@@ -108,6 +116,7 @@ def test_a_copy_that_holds_what_the_job_never_makes_is_passed_over(folder, tmp_p
     assert mirror.fetch("a", tmp_path / "to", ("*.safetensors", "*.json", "*.bin"))
 
 
+@torn
 def test_a_copy_whose_hashes_are_right_but_not_its_header_is_passed_over(folder, tmp_path, caplog):
     (folder / "model.safetensors").write_bytes(WEIGHTS.replace(b"[3]", b"[9]"))
     seal(folder, {})

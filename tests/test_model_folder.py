@@ -32,9 +32,11 @@ def index(file):
     ("spoil", "found"),
     [
         (lambda folder: edit(folder / "config.json", n_layer=10**9), "1000000000 layers, but the files only"),
+        (lambda folder: edit(folder / "config.json", n_layer=0), "0 layers, but the files only"),
         (lambda folder: edit(folder / "config.json", n_positions=10**12), "describes a model of .* weights, but"),
         (lambda folder: edit(folder / "config.json", n_inner=10**12), "describes a model of .* weights, but"),
         (lambda folder: (folder / "config.json").write_text(" " * LARGEST_CONFIG + "{}"), r"config\.json has"),
+        (lambda folder: (folder / "adapter_config.json").write_text("{}"), "names another model to load"),
         (index("../other/model.safetensors"), r"names \.\./other/model\.safetensors, which is no"),
         (index("/etc/passwd"), "names /etc/passwd"),
         (index("pytorch_model.bin"), r"names pytorch_model\.bin"),

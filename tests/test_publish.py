@@ -197,6 +197,28 @@ def test_an_altered_manifest_is_refused(tmp_path: Path, files: Files, old: str, 
         verify(str(tmp_path / "out"))
 
 
+@pytest.mark.fault("hostile files and names", "manifests that hold anything", "refused in one printable sentence")
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"objects": [5]},
+        {"objects": {"a": 1}},
+        {"run_id": "\x1b[2J\n" * 100},
+        {"created": "9" * 100_000},
+        {"created": ["\x1b"]},
+        {"schema_version": "\x1b[2J" * 100},
+        {"result_digest": None},
+    ],
+)
+def test_what_a_manifest_holds_cannot_break_a_message(change: dict[str, object], tmp_path: Path, files: Files) -> None:
+    release(str(tmp_path / "out"), files)
+    path = tmp_path / "out/runs/run1/MANIFEST.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(DataError) as caught:
+        verify(str(tmp_path / "out"))
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 1000
+
+
 def test_latest_moves_to_a_newer_release_but_never_back(
     output: str, files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

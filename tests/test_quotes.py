@@ -12,6 +12,12 @@ from pipeline.errors import DataError
 from pipeline.marks import strip_marks
 from pipeline.quotes import CHUNK_BYTES, fold, read_quotes
 
+hostile_text = pytest.mark.fault(
+    "hostile files and names",
+    "texts that are binary, in other encodings, broken or swollen gzip, broken JSON, one endless line",
+    "refused in one sentence",
+)
+
 DEFAULTS = DataConfig()
 
 
@@ -46,12 +52,14 @@ def test_gzip_is_recognized_by_its_first_bytes(tmp_path: Path) -> None:
     assert quotes(tmp_path, gzip.compress(b"one\ntwo\n"), "plain.txt") == ["one", "two"]
 
 
+@hostile_text
 @pytest.mark.parametrize("damage", [lambda data: data[:-9], lambda data: data[:12] + b"\xff" * 20])
 def test_broken_gzip_is_bad_data(tmp_path: Path, damage: object) -> None:
     with pytest.raises(DataError, match=r"q\.txt is a broken gzip file"):
         quotes(tmp_path, damage(gzip.compress(b"a quote that is long enough\n" * 9)))  # type: ignore[operator]
 
 
+@hostile_text
 def test_bytes_that_are_not_utf8_are_named_by_line_and_offset(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"q\.txt, line 2, byte 6: byte 0xe9 is not UTF-8"):
         quotes(tmp_path, b"one\nca\xe9\n")
@@ -61,11 +69,13 @@ def test_bytes_that_are_not_utf8_are_named_by_line_and_offset(tmp_path: Path) ->
         quotes(tmp_path, b"one\r\ntwo\r\xe9", cfg=DataConfig(unit="line"))
 
 
+@hostile_text
 def test_a_binary_file_is_refused_at_its_zero_byte(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="line 2, byte 7: found a zero byte"):
         quotes(tmp_path, b"text\nab\0cd\n")
 
 
+@hostile_text
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32"])
 def test_other_unicode_encodings_are_named(tmp_path: Path, encoding: str) -> None:
     start = b"\xfe\xff" if encoding == "utf-16-be" else b""
@@ -73,6 +83,7 @@ def test_other_unicode_encodings_are_named(tmp_path: Path, encoding: str) -> Non
         quotes(tmp_path, start + "quote".encode(encoding))
 
 
+@hostile_text
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_line_of_50_megabytes_is_refused_without_reading_it_whole(tmp_path: Path, packed: bool) -> None:
     content = b"fine\n" + b"x" * 50_000_000
@@ -86,6 +97,7 @@ def test_a_line_of_50_megabytes_is_refused_without_reading_it_whole(tmp_path: Pa
     assert peak < 20_000_000
 
 
+@hostile_text
 def test_a_gzip_that_grows_as_no_text_does_is_refused_long_before_its_end(tmp_path: Path) -> None:
     line = b"a" * 100_000 + b"\n"
     with pytest.raises(DataError, match=r"q\.txt grows to more than 200 times its size .* no text") as caught:
@@ -95,6 +107,7 @@ def test_a_gzip_that_grows_as_no_text_does_is_refused_long_before_its_end(tmp_pa
     assert len(quotes(tmp_path, line * 680)) == 680
 
 
+@hostile_text
 def test_a_gzip_bomb_of_short_lines_stops_at_the_limit(tmp_path: Path) -> None:
     bomb = gzip.compress(b"a quote\n" * 1_000_000)
     with pytest.raises(DataError, match="larger than 100000 bytes after decompression"):
@@ -144,6 +157,7 @@ def test_jsonl_gives_its_text_field(tmp_path: Path) -> None:
     assert quotes(tmp_path, b'{"quote": "x"}', "q.jsonl", DataConfig(text_field="quote")) == ["x"]
 
 
+@hostile_text
 @pytest.mark.parametrize(
     ("line", "why"),
     [

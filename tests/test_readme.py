@@ -37,7 +37,8 @@ def test_the_table_of_faults_counts_them_by_group_and_outcome():
         {**KILLED, "fault": "disk full", "outcome": outcome, "count": 2} for outcome in ("ended", "ended", "went on")
     ]
     readme = with_faults("# x\n\n## Gates\n", told(KILLED, *more))
-    assert "1,206 faults" in readme and "commit abc1234" in readme
+    assert "1,206 faults, none with anything lost" in readme and "By group: jobs: 1,206." in readme
+    assert "commit abc1234" in readme
     assert "| jobs | SIGKILL | 1,200 | went on |\n| jobs | disk full | 6 | 4 ended; 2 went on |" in readme
     again = with_faults(readme, told(KILLED))
     assert "disk full" not in again and again.count("## Faults tried") == 1 and again.endswith("\n\n## Gates\n")

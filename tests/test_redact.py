@@ -13,6 +13,10 @@ from pipeline import logs
 from pipeline.errors import ServiceUnavailable
 from pipeline.redact import HIDDEN, redact, redacted
 
+leak = pytest.mark.fault(
+    "secrets", "keys, tokens and signatures in URLs, headers, files' names, the environment", "hidden"
+)
+
 SECRET = "s3cr3tV4lue/with+signs=="
 JWT = "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.c2lnbmF0dXJl"
 LEAKS = [
@@ -28,11 +32,15 @@ LEAKS = [
     f"{{'aws_secret_access_key': '{SECRET}'}}",
     f"aws_session_token = {SECRET}",
     f"AWS_SECRET_ACCESS_KEY={SECRET}",
+    f"HF_TOKEN={SECRET}",
+    f"api_token: {SECRET}",
     f"Authorization: AWS4-HMAC-SHA256 Credential=A/1/s3/aws4_request, Signature={SECRET}",
     f"{{'Authorization': 'Bearer {SECRET}'}}",
     f"x-amz-security-token: {SECRET}",
     f"refused the header Bearer {SECRET}",
     "https://user:s3cr3tV4lue@host/path",
+    "https://s3cr3tV4lue@host/path",
+    "s3://KEY:s3cr3tV4lue@bucket/quotes",
     f"-----BEGIN RSA PRIVATE KEY-----\nMIIE{SECRET}\n-----END RSA PRIVATE KEY-----",
     f"-----BEGIN PRIVATE KEY-----\nMIIE{SECRET}",
 ]
@@ -46,12 +54,14 @@ def logging_as_it_was() -> Iterator[None]:
     logging.basicConfig(level=level, handlers=handlers, force=True)
 
 
+@leak
 @pytest.mark.parametrize("text", LEAKS)
 def test_a_secret_is_known_by_its_place(text: str) -> None:
     assert HIDDEN in redact(text)
     assert "s3cr3tV4lue" not in redact(text)
 
 
+@leak
 @pytest.mark.parametrize(
     "token",
     [
@@ -68,6 +78,7 @@ def test_a_token_is_known_by_its_look(token: str) -> None:
     assert redact(f"the server said: {token} is not allowed") == f"the server said: {HIDDEN} is not allowed"
 
 
+@leak
 @pytest.mark.parametrize("name", ["AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "MY_PASSWORD", "AZURE_STORAGE_KEY"])
 def test_what_the_environment_calls_a_secret_is_hidden_anywhere(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "correct/horse battery")

@@ -106,3 +106,10 @@ def test_every_setting_has_a_value_an_origin_and_a_meaning():
     assert {row["key"] for row in table} == {setting.key for setting in all_settings()}
     assert all(row["meaning"] and row["origin"] == "default" for row in table)
     assert value_of(JobConfig(), "quantize.types") == ["Q2_K"]
+
+
+def test_a_broken_file_is_told_by_its_line_and_not_by_what_stands_there(tmp_path):
+    (tmp_path / "job.yaml").write_text("train: {epochs: 2\nhf_thing: canary-d41d8cd98f00\n")
+    with pytest.raises(ConfigError, match=r"in line 2, column \d+") as caught:
+        resolve({}, {}, str(tmp_path / "job.yaml"))
+    assert "canary" not in str(caught.value) and str(caught.value).isprintable()

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from pipeline import bucket, errors, process, storage
+from pipeline.errors import ConfigError
+from pipeline.redact import HIDDEN, redact
 from pipeline.storage import PROBE, Store, crc32c_of, open_store, probe_name
 
 
@@ -222,3 +224,12 @@ def test_a_scheme_is_found_by_its_file_alone(monkeypatch: pytest.MonkeyPatch, tm
     (tmp_path / "mem.py").write_text("def open_store(uri): return uri")
     monkeypatch.setattr("pipeline.storage.__path__", [str(tmp_path)])
     assert open_store("mem://x") == "mem://x"
+
+
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
+@pytest.mark.parametrize("place", ["key:secret@bucket/x", "secret@bucket", "bucket/a\nb", "bucket/\udcff"])
+def test_a_buckets_uri_with_a_user_or_what_no_name_can_have_is_refused(scheme: str, place: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        open_store(f"{scheme}://{place}")
+    assert "secret" not in redact(str(caught.value)).replace(HIDDEN, "")
+    assert str(caught.value).isprintable()

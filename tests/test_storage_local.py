@@ -54,6 +54,18 @@ def test_a_full_disk_is_the_machines_error(tmp_path: Path, monkeypatch: pytest.M
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(("number", "cure"), [(24, "ulimit -n"), (27, "ulimit -f"), (12, "memory")])
+def test_what_a_limit_of_the_process_forbids_is_the_machines_error(
+    number: int, cure: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(path: Path) -> None:
+        raise OSError(number, "refused")
+
+    monkeypatch.setattr(local, "sync", refused)
+    with pytest.raises(errors.MachineError, match=cure):
+        open_store(str(tmp_path)).put_if_absent("x", b"data")
+
+
 def test_a_drive_without_hard_links_writes_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_links(*_: object) -> None:
         raise OSError(95, "Operation not supported")

@@ -86,6 +86,8 @@ def open_store(uri: str) -> Store:
     if (module != "local" and module not in schemes) or scheme == "local":
         known = ", ".join(f"{name}://" for name in ["file", *schemes])
         raise ConfigError(f"{uri} has the unknown scheme {scheme}://; use a folder or one of {known}")
+    if module != "local":
+        check_address(uri)
     return cast(Store, importlib.import_module(f"pipeline.storage.{module}").open_store(uri))
 
 
@@ -93,6 +95,14 @@ def scheme_of(uri: str) -> str:
     """'gs' for gs://…, '' for a plain path."""
     match = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", uri)
     return match[1].lower() if match else ""
+
+
+def check_address(uri: str) -> None:
+    """ConfigError for a bucket's URI that no service would take, or that holds what belongs into the environment."""
+    if "@" in uri.partition("://")[2].partition("/")[0]:
+        raise ConfigError(f"{uri} has a user in it; leave that out, credentials are found in the environment")
+    if any(unicodedata.category(char) in ("Cc", "Cs") for char in uri):
+        raise ConfigError(f"{uri!a} has a control character in it, or bytes that are not UTF-8; correct it")
 
 
 def probe_name() -> str:

@@ -19,7 +19,7 @@ from google.cloud.storage.exceptions import DataCorruption
 from google.cloud.storage.retry import DEFAULT_RETRY
 
 from pipeline import retrying
-from pipeline.bucket import Body, BucketStore, Page, Report, first_line, verdict
+from pipeline.bucket import NO_ANSWER, Body, BucketStore, Page, Report, first_line, no_bucket, verdict
 from pipeline.errors import ConfigError, InputMissing, NotAllowed, ServiceUnavailable, TransferError
 from pipeline.progress import Watched
 from pipeline.retrying import Deadline
@@ -61,7 +61,7 @@ class GsRequests:
     def head(self, name: str) -> Stat | None:
         with self._translated(name):
             blob = self.bucket.get_blob(self.prefix + name, **once())
-        return blob and Stat(blob.size, str(blob.generation), blob.md5_hash, blob.crc32c)
+            return blob and Stat(blob.size, str(blob.generation), blob.md5_hash, blob.crc32c)
 
     def fetch(self, name: str, found: Stat, start: int, take: Callable[[bytes], object]) -> None:
         with self._translated(name):
@@ -89,6 +89,11 @@ class GsRequests:
                 )
             except api.PreconditionFailed:
                 return False
+            except api.GoogleAPICallError as e:
+                if e.code not in (404, 410) or getattr(getattr(e.response, "request", None), "method", "") != "PUT":
+                    raise
+                # Pieces go by PUT, to a session that the server can lose; the bucket is looked for by the POST before.
+                raise ServiceUnavailable(f"{self.uri}/{name}: the server lost the upload midway; try again") from e
         return True
 
     def page(self, prefix: str, token: str | None, limit: int) -> Page:
@@ -132,9 +137,11 @@ def connect() -> Any:
         return storage.Client(project="none")  # objects need no project; without one the SDK refuses to start
     except auth.DefaultCredentialsError as e:
         if os.environ.get("GOOGLE_APPLICATION_CREDENTIALS"):
-            raise ConfigError(f"GOOGLE_APPLICATION_CREDENTIALS cannot be used: {e}") from e
+            raise ConfigError(f"GOOGLE_APPLICATION_CREDENTIALS cannot be used: {first_line(e)}") from e
         log.info("gs: no default credentials found, going on without any")
         return storage.Client.create_anonymous_client()
+    except (OSError, *NO_ANSWER) as e:
+        raise ConfigError(f"gs: the file of credentials cannot be used: {first_line(e)}; make it anew") from e
 
 
 def once() -> dict[str, Any]:
@@ -155,6 +162,8 @@ def translated(uri: str) -> Iterator[None]:
     except DataCorruption as e:
         raise TransferError(f"{uri} arrived with a wrong checksum; try again") from e
     except api.GoogleAPICallError as e:
+        if (e.code or 0) in range(200, 300):
+            raise no_bucket(uri, e) from e
         kind, cure = verdict(e.code or 0)
         raise kind(f"{uri}: {e.code} {first_line(e.message)}; {cure}") from e
     except auth.RefreshError as e:
@@ -164,3 +173,9 @@ def translated(uri: str) -> Iterator[None]:
     except UNREACHABLE as e:
         reason = first_line(e.cause if isinstance(e, api.RetryError) else e)
         raise ServiceUnavailable(f"{uri} does not answer: {reason}; check the network or try later") from e
+    except NO_ANSWER as e:
+        raise no_bucket(uri, e) from e
+    except OSError as e:
+        if e.errno is not None:  # of the disk
+            raise
+        raise ConfigError(f"{uri}: {first_line(e)}; check REQUESTS_CA_BUNDLE and CURL_CA_BUNDLE") from e

@@ -16,6 +16,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from pipeline import process
+from pipeline.disk import as_machine_error
 from pipeline.errors import (
     ConfigError,
     InputMissing,
@@ -40,6 +41,7 @@ from pipeline.storage import (
 TEMPORARY = ".writing-"  # and who writes, by `process.signature`, and a name that is drawn
 ABANDONED_SECONDS = 3600.0  # without a byte written; a writer renames its file right after the last one
 NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
+LIMITS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EFBIG)  # of this process: another place would not help
 KIND = {
     errno.ENOENT: InputMissing,
     errno.EACCES: NotAllowed,
@@ -171,6 +173,8 @@ def translated(*paths: Path) -> Iterator[None]:
     except OSError as e:
         where = e.filename or paths[-1]
         kind = KIND.get(e.errno or 0, TransferError)
+        if e.errno in LIMITS and (machine := as_machine_error(e, where)):
+            raise machine from e
         raise kind(f"{where}: {e.strerror or e}; {CURES.get(kind, 'check the disk and try again')}") from e
 
 

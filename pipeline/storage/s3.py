@@ -20,7 +20,7 @@ from typing import Any
 import urllib3
 
 from pipeline import retrying
-from pipeline.bucket import Body, BucketStore, Overtaken, Page, Report, first_line, verdict
+from pipeline.bucket import NO_ANSWER, Body, BucketStore, Overtaken, Page, Report, first_line, no_bucket, verdict
 from pipeline.errors import (
     ConfigError,
     InputMissing,
@@ -39,6 +39,7 @@ try:
     from botocore import UNSIGNED
     from botocore import exceptions as api
     from botocore.config import Config
+    from botocore.parsers import ResponseParserError
 except ModuleNotFoundError as e:
     raise ConfigError(f"s3:// needs {e.name}, which is not installed; pip install 'quotesmith[s3]'") from e
 
@@ -83,9 +84,9 @@ class S3Requests:
         try:
             with self._translated(name):
                 found = self.client.head_object(**self._key(name), ChecksumMode="ENABLED")
+                return Stat(found["ContentLength"], found["ETag"], md5_from(found), crc32c_from(found))
         except InputMissing:
             return None
-        return Stat(found["ContentLength"], found["ETag"], md5_from(found), crc32c_from(found))
 
     def fetch(self, name: str, found: Stat, start: int, take: Callable[[bytes], object]) -> None:
         pinned = {"IfMatch": found.version} | ({"Range": f"bytes={start}-"} if start else {})
@@ -117,8 +118,9 @@ class S3Requests:
         where = {"ContinuationToken": token} if token else {}
         with self._translated(prefix):
             page = self.client.list_objects_v2(Bucket=self.bucket, Prefix=self.prefix + prefix, MaxKeys=limit, **where)
-        found = [(entry["Key"].removeprefix(self.prefix), entry["Size"]) for entry in page.get("Contents", ())]
-        return found, page.get("NextContinuationToken")
+            require(page, "IsTruncated")
+            found = [(entry["Key"].removeprefix(self.prefix), entry["Size"]) for entry in page.get("Contents", ())]
+            return found, page.get("NextContinuationToken")
 
     def remove(self, name: str, version: str) -> None:
         with self._translated(name), suppress(InputMissing):
@@ -128,10 +130,13 @@ class S3Requests:
         sums = checksums(data)
         with self._translated(name):
             if isinstance(data, bytes):
-                self.client.put_object(**self._key(name), **condition, **sums, Body=data)
+                require(self.client.put_object(**self._key(name), **condition, **sums, Body=data), "ETag")
                 return
             with Watched(data, report) as body:
-                self.client.put_object(**self._key(name), **condition, **sums, Body=body, ContentLength=body.size)
+                sent = self.client.put_object(
+                    **self._key(name), **condition, **sums, Body=body, ContentLength=body.size
+                )
+                require(sent, "ETag")
 
     def _send_parts(self, name: str, path: Path, condition: dict[str, str], deadline: Deadline, report: Report) -> None:
         """In parts under one CRC-32C of the whole; they become the object only at the end, and all at once."""
@@ -207,6 +212,11 @@ def checksums(data: Body, start: int = 0, length: int | None = None) -> dict[str
     return {"ChecksumAlgorithm": "CRC32C", "ChecksumCRC32C": checksum.text()}
 
 
+def require(answer: dict[str, Any], key: str) -> None:
+    """KeyError without what every S3 says: boto3 takes any page with the status 200 for an answer."""
+    answer[key]
+
+
 def crc32c_from(found: dict[str, Any]) -> str | None:
     """The whole object's; not the checksum over its parts' checksums that some uploads leave."""
     checksum = found.get("ChecksumCRC32C")
@@ -241,6 +251,8 @@ def translated(uri: str, *, signed: bool = True) -> Iterator[None]:
         raise ConfigError(f"{uri}: {first_line(e.kwargs['report'])}; choose another name") from e
     except (api.BotoCoreError, urllib3.exceptions.HTTPError, ConnectionError) as e:
         raise ServiceUnavailable(f"{uri} does not answer: {first_line(e)}; check the network or try later") from e
+    except (ResponseParserError, *NO_ANSWER) as e:
+        raise no_bucket(uri, e) from e
 
 
 def code_of(error: object) -> str:
