@@ -7,7 +7,11 @@ import pytest
 from tests import containers
 from tests.containers import DEMANDED, IMAGE, alone, hold, images, missing, podman, remove_older
 
-pytestmark = [pytest.mark.image, pytest.mark.skipif(bool(missing()) and DEMANDED != "1", reason=missing())]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.image,
+    pytest.mark.skipif(bool(missing()) and DEMANDED != "1", reason=missing()),
+]
 BASE = "localhost/quotesmith-base:bookworm-2"
 
 
