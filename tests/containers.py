@@ -30,7 +30,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
 DEMANDED = os.environ.get("QUOTESMITH_IMAGE", "")  # 1: what is missing fails the tests; 0: not even tried
-ROOM = 8e9  # bytes: a build from nothing keeps 4 GB, and holds its largest layer twice more while it is committed
+ROOM = 8e9  # bytes: a build from nothing keeps 3.6 GB, and holds its largest layer twice more while it is committed
 IMAGE = "localhost/quotesmith:cpu-"
 HELD: list[IO[str]] = []
 PROGRAMS = ("podman", "buildah", "runc", "debootstrap", "catatonit")
