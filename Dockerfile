@@ -88,6 +88,7 @@ USER 0:0
 FROM dependencies AS model
 ARG BASE_MODEL=openai-community/gpt2
 ARG BASE_REVISION=607a30d783dfa663caf39e06633721c8d4cfcd7e
+ARG HF_ENDPOINT=https://huggingface.co
 RUN /opt/venv/bin/python -c "import huggingface_hub as hub; hub.snapshot_download('${BASE_MODEL}', \
     revision='${BASE_REVISION}', local_dir='/opt/model', allow_patterns=['*.json', '*.txt', 'model*.safetensors'])" \
     && rm -rf /opt/model/.cache

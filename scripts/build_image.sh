@@ -5,7 +5,7 @@
 #   VARIANT     cuda (default), or cpu: torch without CUDA
 #   BUILDER     docker, podman or buildah
 #   PIP_CONFIG  a pip.conf for the build, which the image never has: mirrors, credentials, certificates
-#   INDEX_URL, EXTRA_INDEX_URL, BASE, BUILD_BASE, PYTHON_VERSION, LLAMA_CPP_FLAGS, BASE_MODEL, BASE_REVISION:
+#   INDEX_URL, EXTRA_INDEX_URL, BASE, BUILD_BASE, PYTHON_VERSION, LLAMA_CPP_FLAGS, BASE_MODEL, BASE_REVISION, HF_ENDPOINT:
 #               the Dockerfile's arguments of these names
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -48,7 +48,8 @@ for word in "$@"; do   # another target is another image
 done
 
 arguments=(--build-arg "VARIANT=$variant" --build-arg "VERSION=$version" --build-arg "REVISION=$revision")
-for name in INDEX_URL EXTRA_INDEX_URL BASE BUILD_BASE PYTHON_VERSION LLAMA_CPP_FLAGS BASE_MODEL BASE_REVISION; do
+for name in INDEX_URL EXTRA_INDEX_URL BASE BUILD_BASE PYTHON_VERSION LLAMA_CPP_FLAGS BASE_MODEL BASE_REVISION \
+  HF_ENDPOINT; do
   if [ -n "${!name:-}" ]; then
     arguments+=(--build-arg "$name=${!name}")
   fi

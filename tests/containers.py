@@ -1,26 +1,49 @@
 """The CPU image, built for real with buildah, and containers of it as a platform starts them, with podman.
 
 Everything that takes minutes is kept: the base as a tar file in the cache, packages and llama.cpp as buildah's layers.
+All of it is in a store of its own, so that what older sources left there can be removed without looking at anything of
+this machine's.
 """
 
 from __future__ import annotations
 
 import ast
+import fcntl
 import hashlib
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tomllib
 import uuid
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
+from typing import IO, Any, NoReturn
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+DEMANDED = os.environ.get("QUOTESMITH_IMAGE", "")  # 1: what is missing fails the tests; 0: not even tried
+ROOM = 8e9  # bytes: a build from nothing keeps 3.6 GB, and holds its largest layer twice more while it is committed
+IMAGE = "localhost/quotesmith:cpu-"
+HELD: list[IO[str]] = []
 PROGRAMS = ("podman", "buildah", "runc", "debootstrap", "catatonit")
 USER = 10001
+STORE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quotesmith" / "containers"
+# Nothing is shared with podman's other stores. overlay, by name: what podman takes in its stead (vfs) copies the whole
+# image for each layer and for each container.
+STORAGE = """
+[storage]
+driver = "overlay"
+graphroot = "{store}/storage"
+runroot = "{run}/storage"
+"""
 # runc and low limits: so that it works in virtual machines whose kernels lack what crun and podman's defaults ask for.
 ENGINE = """
 [containers]
@@ -29,41 +52,123 @@ default_ulimits = ["nofile=1024:1024", "nproc=4096:4096"]
 runtime = "runc"
 cgroup_manager = "cgroupfs"
 events_logger = "file"
+lock_type = "file"
+tmp_dir = "{run}/libpod"
 """
 RESTRICTED = ("--read-only", "--read-only-tmpfs=false", "--tmpfs", "/tmp", "--shm-size", "64m", "--cap-drop", "ALL")
 RESTRICTED += ("--security-opt", "no-new-privileges", "--network", "none")
 PIP_SETTINGS = ("cert", "client-cert", "extra-index-url", "find-links", "index-url", "proxy", "timeout", "trusted-host")
 
 
+@cache
 def missing() -> str:
     """Why no image is built and run here; empty if it is."""
-    if not os.environ.get("QUOTESMITH_IMAGE"):
-        return "takes long; QUOTESMITH_IMAGE=1 builds the image and runs it"
+    if DEMANDED == "0":
+        return "QUOTESMITH_IMAGE=0"
     if absent := [name for name in PROGRAMS if not shutil.which(name)]:
         return f"no {', '.join(absent)}; the image is built and run with Debian's packages of these names"
-    return "" if os.geteuid() == 0 else "building and running the image needs the rights of root"
+    if os.geteuid() != 0:
+        return "building and running the image needs the rights of root"
+    info = subprocess.run(["podman", "info"], env=os.environ | settings(), capture_output=True, text=True)
+    return f"podman does not work here: {info.stderr.strip()[-300:]}" if info.returncode else ""
 
 
-def built(folder: Path, target: str = "") -> str:
+def refuse(why: str) -> NoReturn:
+    (pytest.fail if DEMANDED == "1" else pytest.skip)(why)
+
+
+def settings() -> dict[str, str]:
+    """What podman and buildah must find in their environment to use our store and runtime."""
+    STORE.mkdir(parents=True, exist_ok=True)
+    found = {}
+    run = f"/run/quotesmith-containers/{hashlib.sha256(bytes(STORE)).hexdigest()[:8]}"
+    for name, text in (("CONTAINERS_STORAGE_CONF", STORAGE), ("CONTAINERS_CONF", ENGINE)):
+        found[name] = str(STORE / f"{name.lower()}.toml")
+        written = STORE / f"{uuid.uuid4().hex}.toml"
+        written.write_text(text.format(store=STORE, run=run))
+        written.replace(found[name])  # another process may be reading it
+    return found
+
+
+def built(folder: Path, target: str = "", **given: str) -> str:
     """The image's name, built if there is none of what it is made of. `folder` keeps this machine's pip settings, which
-    the build needs and the image does not."""
-    base = script("scripts/image/base.sh", {}).stdout.split()[-1]
-    name = "-".join(filter(None, ("localhost/quotesmith:cpu", content_key(base), target)))
-    if not subprocess.run(["podman", "image", "exists", name]).returncode:
-        return name
-    settings = pip_settings()
-    config = folder / "pip.conf"
-    config.write_text("[global]\n" + "".join(f"{name} = {value}\n" for name, value in settings.items()))
-    env = {"BUILDER": "buildah", "VARIANT": "cpu", "BASE": base, "PIP_CONFIG": str(config)}
-    if "index-url" in settings:
-        env["INDEX_URL"] = settings["index-url"]
-    if {"find-links", "extra-index-url"} & set(settings):
-        env["EXTRA_INDEX_URL"] = ""  # torch's CPU wheel is there
-    options = ["--isolation", "chroot", "--network", "host"]
-    for path in local_paths(settings):
-        options += ["--volume", f"{path}:{path}:ro"]
-    script("scripts/build_image.sh", env, *options, "--tag", name, *(["--target", target] if target else []))
+    the build needs and the image does not; `given` are scripts/build_image.sh's."""
+    if why := missing():
+        refuse(why)
+    with alone():
+        base = script("scripts/image/base.sh", {}).stdout.split()[-1]
+        key = content_key(base)
+        hold(key)
+        name = "-".join(filter(None, (f"{IMAGE}{key}", target)))
+        if subprocess.run(["podman", "image", "exists", name], env=os.environ | settings()).returncode:
+            build(name, folder / "pip.conf", {"BASE": base, **given}, ["--target", target] if target else [])
     return name
+
+
+def build(name: str, config: Path, given: dict[str, str], options: list[str]) -> None:
+    if (free := shutil.disk_usage(STORE).free) < ROOM:
+        refuse(f"building the image needs {ROOM / 1e9:.0f} GB in {STORE}, where {free / 1e9:.1f} GB are free")
+    pip = pip_settings()
+    config.write_text("[global]\n" + "".join(f"{key} = {value}\n" for key, value in pip.items()))
+    env = {"BUILDER": "buildah", "VARIANT": "cpu", "PIP_CONFIG": str(config), **given}
+    if "index-url" in pip:
+        env["INDEX_URL"] = pip["index-url"]
+    if {"find-links", "extra-index-url"} & set(pip):
+        env["EXTRA_INDEX_URL"] = ""  # torch's CPU wheel is there
+    options += ["--isolation", "chroot", "--network", "host", "--tag", name]
+    for path in local_paths(pip):
+        options += ["--volume", f"{path}:{path}:ro"]
+    done = script("scripts/build_image.sh", env, *options)
+    remove_older(env["BASE"], set(re.findall(r"^--> (?:Using cache )?([0-9a-f]{11})", done.stdout + done.stderr, re.M)))
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """One build at a time in the store; another process waits for its end and finds the image."""
+    settings()
+    with (STORE / "building").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def hold(key: str) -> None:
+    """Keeps the images of `key` from being removed until this process ends."""
+    file = (STORE / f"used-{key}").open("w")
+    fcntl.flock(file, fcntl.LOCK_SH)
+    HELD.append(file)
+
+
+def is_held(key: str) -> bool:
+    path = STORE / f"used-{key}"
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        path.unlink()
+    return False
+
+
+def remove_older(base: str, steps: set[str]) -> None:
+    """All images but those that a process holds, their base and the `steps` of the build that has just ended, which the
+    next one finds again."""
+    podman("container", "prune", "--force", "--filter", "until=1h")  # of tests that were killed
+    subprocess.run(["buildah", "rm", "--all"], env=os.environ | settings(), capture_output=True)  # and of builds
+    for name in [name for each in images() for name in each.get("Names") or ()]:
+        key = re.match(f"{re.escape(IMAGE)}([0-9a-f]{{16}})", name)
+        if name != base and not (key and is_held(key[1])):
+            podman("rmi", name)
+    for each in images():
+        if not each.get("Names") and each["Id"][:11] not in steps:
+            podman("rmi", each["Id"])  # refused while another is made of it, and then removed with the last of those
+
+
+def images() -> list[dict[str, Any]]:
+    return json.loads(podman("images", "--all", "--format", "json").stdout)
+
+
+def podman(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["podman", *args], env=os.environ | settings(), capture_output=True, text=True)
 
 
 def content_key(base: str) -> str:
@@ -79,7 +184,7 @@ def content_key(base: str) -> str:
 
 
 def script(path: str, env: dict[str, str], *args: str) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run([ROOT / path, *args], env=os.environ | env, capture_output=True, text=True)
+    done = subprocess.run([ROOT / path, *args], env=os.environ | settings() | env, capture_output=True, text=True)
     assert done.returncode == 0, f"{path} ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
     return done
 
@@ -106,23 +211,18 @@ def local_paths(settings: dict[str, str]) -> Iterator[str]:
 
 @dataclass
 class Engine:
-    """podman with settings of its own; what it started is removed by `close`."""
+    """podman in our store; what it started is removed by `close`."""
 
-    folder: Path
     started: list[str] = field(default_factory=list)
     pods: list[str] = field(default_factory=list)  # manifests
 
-    def __post_init__(self) -> None:
-        self.settings = self.folder / "containers.conf"
-        self.settings.write_text(ENGINE)
-
     def __call__(self, *args: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(["podman", *args], env=self.env(), capture_output=True, text=True)
+        done = podman(*args)
         assert not check or done.returncode == 0, f"podman {args[0]}: {done.stderr}"
         return done
 
     def env(self) -> dict[str, str]:
-        return os.environ | {"CONTAINERS_CONF": str(self.settings)}
+        return os.environ | settings()
 
     def start(self, image: str, *args: str, options: Sequence[str] = RESTRICTED) -> Container:
         name = f"quotesmith-{uuid.uuid4().hex[:8]}"

@@ -25,6 +25,7 @@ if [ ! -e "$archive" ]; then
   work=$(mktemp -d "$cache/making.XXXXXX")
   trap 'rm -rf "$work"' EXIT
   make_archive "$work"
+  rm -f "$cache"/bookworm-*.tar   # made otherwise, or of other packages
   mv "$work/base.tar" "$archive"
 fi
 if ! "$engine" image inspect "$name" >/dev/null 2>&1; then
