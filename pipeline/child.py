@@ -88,8 +88,8 @@ def started(
 
     Neither it nor what it has started outlives the block, however that is left, nor does it outlive this process.
     """
-    # llama.cpp takes options from LLAMA_ARG_* too; what runs here depends on its arguments alone
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("LLAMA_")}
+    # llama.cpp takes options from LLAMA_ARG_* too, torchrun from PET_*; what runs here depends on its arguments alone
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("LLAMA_", "PET_"))}
     # OpenMP threads that wait by spinning keep a shared CPU from the one they wait for: on two busy cores GPT-2's
     # size made 1 token a second with the default, 13 with this; on idle cores 110 and 103.
     environment.setdefault("GOMP_SPINCOUNT", "1000")

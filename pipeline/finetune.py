@@ -50,7 +50,8 @@ def finetune(
 
     Goes on from the newest of `checkpoints`; on a CPU the result is to the bit that of a training which never stopped.
     Weights and optimizer state are fp32 whatever `cfg.precision`. LoRA and QLoRA are merged. The `team` trains with
-    several processes if it has them, which changes the result by no more than rounding. Raises `CheckFailed` (code 70)
+    several processes if it has them: the same result but for rounding, and for the quotes that fill an epoch's last
+    step up to whole batches for all. Raises `CheckFailed` (code 70)
     when the loss is not finite, `ConfigError` when one example does not fit into the GPU.
     """
     gpus = torch.cuda.device_count() if device == "cuda" else 0
@@ -60,11 +61,12 @@ def finetune(
     while True:
         try:
             if team and processes > 1:
-                keeping = Keeping.of(checkpoints) if checkpoints else None
+                keeping = Keeping.of(checkpoints) if checkpoints and checkpoints.wanted else None
                 lesson = Lesson(base, tokens, cfg, batch_size, device, seed, out, keeping)
                 facts = team.train(lesson, gpus, checkpoints.require_wanted if checkpoints else lambda: None)
             else:
-                facts = train_here(base, tokens, cfg, batch_size, device, seed, out, checkpoints)
+                found = checkpoints.newest() if checkpoints else None
+                facts = train_here(base, tokens, cfg, batch_size, device, seed, out, checkpoints, found)
             break
         except torch.cuda.OutOfMemoryError as e:
             batch_size = smaller_batch(batch_size, e)
@@ -82,13 +84,14 @@ def train_here(
     seed: int,
     out: Path,
     checkpoints: Checkpoints | KeptElsewhere | None,
+    found: Path | None,
 ) -> Facts:
     """This process's part of the training, which is all of it unless it is one of several; the first writes the model
-    to `out`. Returns what was measured."""
+    to `out`. Goes on from the checkpoint `found`. Returns what was measured."""
     for leftover in ("trainer", curves.FOLDER):
         shutil.rmtree(out / leftover, ignore_errors=True)
     splits = {split: load_split(tokens, split) for split in ("train", "validation", "holdout")}
-    trainer, model = train(base, splits, cfg, batch_size, device, seed, out, checkpoints)
+    trainer, model = train(base, splits, cfg, batch_size, device, seed, out, checkpoints, found)
     facts = measured(trainer, splits, cfg, device, batch_size) | {"total_parameters": model.num_parameters()}
     shutil.rmtree(out / "trainer", ignore_errors=True)
     if together.rank() == 0:
@@ -122,6 +125,7 @@ def train(
     seed: int,
     out: Path,
     checkpoints: Checkpoints | KeptElsewhere | None,
+    found: Path | None,
 ) -> tuple[QuoteTrainer, PreTrainedModel]:
     """The finished trainer and the dense model."""
     torch.manual_seed(seed)  # adapters are drawn before the Trainer sets its seed
@@ -138,7 +142,7 @@ def train(
         checkpoints=checkpoints,
     )
     trainer.remove_callback(PrinterCallback)  # it prints every logged line to standard output
-    trainer.train_on(together.brought(checkpoints.newest() if checkpoints else None, out / "checkpoint"))
+    trainer.train_on(found)
     require_finished(trainer, cfg)
     model.config.use_cache = use_cache  # the Trainer turns it off, and it would be saved
     return trainer, dense_of(trainer, base)

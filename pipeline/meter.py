@@ -12,20 +12,24 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 _tool_peaks: list[int] = []  # bytes, one for each tool run since the meter in use was started
+_gpu_peaks: list[int] = []  # likewise, of those that use a GPU
 
 
-def saw_tool(peak_bytes: int) -> None:
-    """To be called by whoever waits for a child process, with the child's peak resident memory."""
+def saw_tool(peak_bytes: int, gpu_bytes: int | None = None) -> None:
+    """To be called by whoever waits for a child process, with the peaks of its resident and its GPU memory."""
     _tool_peaks.append(peak_bytes)
+    if gpu_bytes is not None:
+        _gpu_peaks.append(gpu_bytes)
 
 
 class Meter:
     seconds: float
     peak_bytes: int  # of this process or of the largest tool it ran, whichever is more
-    peak_gpu_bytes: int | None  # None: no GPU is visible
+    peak_gpu_bytes: int | None  # likewise, of one GPU; None: none is visible
 
     def __enter__(self) -> Meter:
         _tool_peaks.clear()
+        _gpu_peaks.clear()
         reset_peaks()
         self.started = time.monotonic()
         return self
@@ -33,7 +37,8 @@ class Meter:
     def __exit__(self, *exception: object) -> None:
         self.seconds = time.monotonic() - self.started
         self.peak_bytes = max([peak_of_process(), *_tool_peaks])
-        self.peak_gpu_bytes = peak_of_gpu()
+        own = peak_of_gpu()
+        self.peak_gpu_bytes = None if own is None else max([own, *_gpu_peaks])
 
 
 def reset_peaks() -> None:

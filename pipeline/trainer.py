@@ -68,6 +68,7 @@ class QuoteTrainer(Trainer):  # type: ignore[misc]
         self.resumed = 0  # its step
         self.tokens_before = 0
         self.random_states: list[bytes] = []  # of every process, by rank
+        self.unlogged_loss = 0.0
         self.whole: tuple[sharding.State, sharding.State] | None = None  # model and optimizer, where they are in shares
         if checkpoints:
             self.add_callback(Keeper(self, checkpoints))
@@ -87,7 +88,8 @@ class QuoteTrainer(Trainer):  # type: ignore[misc]
         if self.state.best_global_step == self.state.global_step:
             super()._save_checkpoint(model, trial)
         if self.checkpoints and self.checkpoint_wanted and not self.control.should_training_stop:
-            self.store_flos()  # this and the next are every process's work; the rest is the first one's
+            self.store_flos()  # this and what follows is every process's work; the rest is the first one's
+            self.unlogged_loss = together.mean(self._tr_loss.item())
             self.random_states = together.collected(self.random_state())
             if self.is_fsdp_enabled:
                 self.whole = sharding.whole_model(self.model), sharding.whole_optimizer(self.model, self.optimizer)
@@ -111,7 +113,7 @@ class QuoteTrainer(Trainer):  # type: ignore[misc]
         stateful = [c for c in (*self.callback_handler.callbacks, self.control) if isinstance(c, ExportableState)]
         self.state.stateful_callbacks = {type(callback).__name__: callback.state() for callback in stateful}
         self.state.save_to_json(str(state / TRAINER_STATE_NAME))
-        curve = {"loss": self._tr_loss.item(), "step": self._globalstep_last_logged}
+        curve = {"loss": self.unlogged_loss, "step": self._globalstep_last_logged}
         (folder / CURVE).write_text(json.dumps(curve))
         if self.state.best_model_checkpoint:
             (folder / BEST).mkdir()
@@ -227,10 +229,11 @@ class Keeper(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step == state.max_steps:
             return  # the result follows at once
-        due, stopping = together.any_of(self.checkpoints.due(state.global_step), signals.is_stopping())
+        asked = signals.is_stopping() or together.stop_asked.is_set()
+        due, wanted, stopping = together.any_of(self.checkpoints.due(state.global_step), self.checkpoints.wanted, asked)
         if stopping:
             signals.heard_of()
-        if due:
+        if due or (stopping and wanted):
             self.trainer.checkpoint_wanted = True
         # At the end of an epoch the hold-out is still to be scored. A checkpoint from before that would go on with the
         # next epoch, and neither the curve nor the choice of the best epoch would know of this one.

@@ -225,6 +225,30 @@ def test_vertex_ai_finds_the_release_in_its_bucket(podman, image, readable, gcs_
     assert publish.verify(f"{gcs_bucket_uri}/out/model")
 
 
+def test_two_workers_of_vertex_ai_train_together(podman, image, readable, gcs_server, gcs_bucket_uri, tmp_path):
+    from pipeline import publish
+    from pipeline.storage import open_store
+    from pipeline.team import free_port
+
+    write_bucket(f"{gcs_bucket_uri}/in", QUOTES, tmp_path)
+    pools = {"workerpool0": [f"127.0.0.1:{free_port()}"], "workerpool1": ["127.0.0.1:2222"]}
+    settings = env_of({**TOY, "input": f"{gcs_bucket_uri}/in/", "model.base": "/data/in/model"})
+    options = [*RESTRICTED[: RESTRICTED.index("--network")], "--network", "host", "--tmpfs", "/work:mode=1777"]
+    options += mounted((readable, "/data/in"), read_only=True)
+    workers = []
+    for pool in pools:
+        spec = {"cluster": pools, "environment": "cloud", "task": {"type": pool, "index": 0}, "job": "{}"}
+        vertex = {"AIP_MODEL_DIR": f"{gcs_bucket_uri}/out/model/", "CLUSTER_SPEC": json.dumps(spec)}
+        env = {**settings, **vertex, "STORAGE_EMULATOR_HOST": gcs_server}
+        workers.append(podman.start(image, "run", options=[*options, *variables(env)]))
+    first, second = (worker.ended() for worker in workers)
+    assert (first.code, second.code) == (0, 0), first.said + second.said
+    assert "this machine's part" in second.said
+    stages = json.loads(open_store(f"{gcs_bucket_uri}/out/model").read("metrics.json"))["stages"]
+    assert next(stage for stage in stages if stage["name"] == "finetune")["facts"]["processes"] == 2
+    assert publish.verify(f"{gcs_bucket_uri}/out/model")
+
+
 @pytest.fixture
 def with_model(image, toy_gpt2, tmp_path):
     """The image with a model inside; the toy is what a server like the hub gives out as GPT-2."""

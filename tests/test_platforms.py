@@ -189,7 +189,7 @@ def test_one_of_several_hosts_of_sagemaker_waits_for_the_first_and_says_if_it_do
     done = command(root, "train")
     assert done.returncode == 75, done.stderr
     failure = (root / "opt/ml/output/failure").read_text()
-    assert "machine 1 of the job did not answer at no-host.invalid:29500 within 1 s" in failure
+    assert "the first machine of the job did not answer at no-host.invalid:29500 within 1 s" in failure
 
 
 def test_an_empty_channel_ends_in_66_and_the_failure_file_says_so(training_job):

@@ -109,7 +109,7 @@ def test_a_lost_node_ends_the_attempt_in_time_and_the_next_goes_on(start, nodes,
     finally:
         nodes[1].back()
     assert "machine 2 said nothing for 8 s" in first.said
-    assert "machine 1 of the job is lost" in second.said
+    assert "the first machine of the job is lost" in second.said
     assert "Traceback" not in first.said + second.said
     first, second = start(0, **long), start(1, **long)
     assert (first.code(), second.code()) == (0, 0), first.said + second.said
@@ -118,11 +118,10 @@ def test_a_lost_node_ends_the_attempt_in_time_and_the_next_goes_on(start, nodes,
 
 
 def test_a_stopped_node_has_the_others_save_and_end(start):
-    long = {"train.max_steps": 4000, "resume.steps": 0, "resume.minutes": 60, "grace_seconds": 60}
+    long = {"train.max_steps": 4000, "resume.steps": 20, "grace_seconds": 60}
     first, second = start(0, **long), start(1, **long)
-    second.wait_for("nodes: trains with")
-    time.sleep(25)
+    first.wait_for("finetune: checkpoint at step 20")
     second.process.terminate()
     assert second.code() == 143, second.said
     assert first.code() == 75, first.said
-    assert "finetune: checkpoint at step" in first.said and "was told to stop" in first.said
+    assert "was told to stop" in first.said and "Traceback" not in first.said + second.said

@@ -33,6 +33,12 @@ def test_a_model_in_shares_trains_to_the_result_of_a_whole_one_and_goes_on_to_th
     assert again.facts["resumed"] == 4 and again.sha256 == two.sha256
 
 
+def test_the_best_epoch_of_a_model_in_shares_is_refused_before_anything_is_done():
+    settings = {"train": {"sharding": "full", "select_best": True}, "tokens": {"validation": 0.1}}
+    with pytest.raises(ValidationError, match="cannot keep the best epoch of a model in shares"):
+        JobConfig(**settings)
+
+
 def test_a_whole_model_asks_for_no_sharding():
     assert sharding.arguments("none") == {}
 

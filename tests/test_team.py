@@ -1,11 +1,13 @@
 """Several processes that train as one, started by torchrun on this machine, without a GPU."""
 
+import json
 import logging
 import os
 import shutil
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
@@ -19,7 +21,10 @@ from pipeline.checkpoints import Checkpoints
 from pipeline.config import NodesConfig, ResumeConfig, TrainConfig
 from pipeline.errors import CheckFailed, ConfigError, MachineError
 from pipeline.finetune import finetune
-from pipeline.team import Team, processes_of_a_node
+from pipeline.team import Team, free_port, processes_of_a_node
+from pipeline.team.launcher import Place, launch
+from pipeline.team.lesson import FACTS, Keeping, Lesson
+from pipeline.team.verdict import DONE
 from tests.test_finetune import END, LONGER, QUOTES, dataset
 
 RECIPE = {"epochs": 2, "batch_size": 2, "accumulation": 2, "learning_rate": 1e-2}
@@ -131,6 +136,28 @@ def test_what_a_process_refuses_is_what_the_job_says(base, tokens, tmp_path):
     save_file(weights, spoilt.path / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckFailed, match="so training cannot go on; try a lower"):
         tune(spoilt, tokens, tmp_path / "out", 2)
+
+
+@pytest.mark.slow
+def test_two_machines_with_two_processes_each_go_on_from_a_checkpoint_that_the_first_has(base, tokens, tmp_path):
+    keeping = Keeping(tmp_path / "kept", ResumeConfig(minutes=0, steps=1), "kept", None, "")
+
+    def both_train(out, steps):
+        cfg = TrainConfig(**{**RECIPE, "batch_size": 1, "accumulation": 4, "max_steps": steps})
+        lesson = Lesson(base, tokens, cfg, 1, "cpu", 1, tmp_path / out, keeping).as_json()
+        places = [Place(2, rank, 2, "127.0.0.1", port, out) for rank in (0, 1)]
+        folders = [tmp_path / f"{out}-machine-{place.rank}" for place in places]
+        with ThreadPoolExecutor(2) as machines:
+            verdicts = machines.map(lambda place, folder: launch(lesson, folder, place, lambda: None), places, folders)
+            assert list(verdicts) == [DONE, DONE]
+        return json.loads((folders[0] / FACTS).read_text())
+
+    port = free_port()
+    assert both_train("first", 3)["resumed"] == 0
+    shutil.rmtree(tmp_path / "first-machine-1")
+    facts = both_train("again", 4)
+    assert facts["resumed"] == 2 and facts["processes"] == 4 and facts["steps"] == 4
+    assert (tmp_path / "again-machine-1" / "checkpoint" / "step-00000002").is_dir()
 
 
 @pytest.mark.parametrize(

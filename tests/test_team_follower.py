@@ -33,7 +33,7 @@ def ends(host, verdict):
 def test_a_machine_without_anything_to_train_ends_well_and_leaves_nothing(host, cfg):
     ends(host, DONE)
     follower.follow(cfg)
-    assert not any(path.is_dir() for path in cfg.work_dir.iterdir())
+    assert [path.name for path in cfg.work_dir.rglob("*") if path.is_dir()] == ["machine-2"]
 
 
 def test_it_ends_with_the_error_of_the_job(host, cfg):

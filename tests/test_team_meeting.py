@@ -8,7 +8,7 @@ from pipeline import signals
 from pipeline.config import NodesConfig
 from pipeline.errors import ConfigError, InputMissing, TryLater
 from pipeline.team import meeting as module
-from pipeline.team.meeting import Guest, Host
+from pipeline.team.meeting import Guest, Host, Superseded
 from pipeline.team.verdict import DONE, PEER_LOST, STOPPED, Verdict
 
 KILLED = Verdict("MachineError", "killed")
@@ -48,14 +48,49 @@ def soon(there, seconds=5):
 
 def test_a_lesson_reaches_the_guest_and_its_verdict_the_host(both):
     host, guest = both
-    number = host.order("the lesson", 4)
-    assert guest.next_order() == ("the lesson", 4)
+    first = host.order("the lesson", 4)
+    assert guest.next_order() == first and (first.lesson, first.processes) == ("the lesson", 4)
     guest.report(KILLED)
-    assert host.verdicts(number, Verdict(PEER_LOST)) == [KILLED]
+    assert host.verdicts(first.number, Verdict(PEER_LOST)) == [KILLED]
     second = host.order("smaller", 2)
-    assert guest.next_order() == ("smaller", 2)
+    assert guest.next_order() == second and second.name != first.name
     guest.report(DONE)
-    assert host.verdicts(second, DONE) == [DONE]
+    assert host.verdicts(second.number, DONE) == []  # nobody has to be asked
+
+
+def test_an_attempt_that_is_followed_by_another_ends_on_the_guest_too(both):
+    host, guest = both
+    host.order("the lesson", 1)
+    guest.next_order()
+    guest.require_not_over()
+    host.order("smaller", 1)
+    soon(lambda: "order/2" in guest.line.heard)
+    with pytest.raises(Superseded):
+        guest.require_not_over()
+
+
+def test_a_guest_that_left_may_come_back(both, port):
+    host, guest = both
+    guest.leave("it was stopped")
+    guest.line.join()
+    other = Guest(nodes(port, 1))
+    soon(lambda: other.line.id.encode() in host.line.heard["machine/1"])
+    host.known.clear()
+    host.wait_for_all()
+    host.require_all_at_work(host.order("the lesson", 1).number)
+    other.line.close()
+
+
+def test_a_guest_that_comes_when_all_is_done_hears_of_it(port):
+    host = Host(nodes(port))
+    host.dismiss()
+    ending = threading.Thread(target=host.end, args=(DONE,))
+    ending.start()
+    guest = Guest(nodes(port, 1))
+    assert guest.next_order() is None
+    guest.leave("it is done")
+    ending.join(5)
+    assert not ending.is_alive()
 
 
 @pytest.mark.parametrize(
@@ -95,7 +130,7 @@ def test_a_host_that_never_comes_is_waited_for_only_so_long(port):
 
 def test_a_guest_that_falls_silent_is_lost(both):
     host, guest = both
-    number = host.order("the lesson", 1)
+    number = host.order("the lesson", 1).number
     host.require_all_at_work(number)
     guest.line.close()
     host.line.changed_at["machine/1"] -= 4
@@ -105,16 +140,16 @@ def test_a_guest_that_falls_silent_is_lost(both):
 
 def test_a_guest_that_leaves_in_training_says_why(both):
     host, guest = both
-    number = host.order("the lesson", 1)
+    number = host.order("the lesson", 1).number
     guest.leave("the disk is full")
-    soon(lambda: "left/1" in host.line.heard)
+    soon(lambda: f"left/{guest.line.id}" in host.line.heard)
     with pytest.raises(TryLater, match="machine 2 left: the disk is full"):
         host.require_all_at_work(number)
 
 
 def test_a_guest_that_was_started_anew_is_another(both, port):
     host, guest = both
-    number = host.order("the lesson", 1)
+    number = host.order("the lesson", 1).number
     guest.line.close()
     guest.line.join()
     other = Guest(nodes(port, 1))
@@ -126,11 +161,11 @@ def test_a_guest_that_was_started_anew_is_another(both, port):
 
 def test_a_guest_that_stopped_is_not_lost_while_others_save(both):
     host, guest = both
-    number = host.order("the lesson", 1)
+    number = host.order("the lesson", 1).number
     guest.next_order()
     guest.report(Verdict(STOPPED))
     guest.leave("it was stopped")
-    soon(lambda: {"left/1", f"verdict/{number}/1"} <= set(host.line.heard))
+    soon(lambda: {f"left/{guest.line.id}", f"verdict/{number}/1"} <= set(host.line.heard))
     host.require_all_at_work(number)
     host.line.changed_at[f"verdict/{number}/1"] -= module.ENDING_SECONDS + 1
     with pytest.raises(TryLater, match="machine 2 has ended its training"):
@@ -150,7 +185,7 @@ def test_a_host_that_dies_is_noticed(both):
     host.line.join()
     soon(lambda: "machine/0" in guest.line.heard)
     guest.line.changed_at["machine/0"] -= 4
-    with pytest.raises(TryLater, match="machine 1 of the job is lost"):
+    with pytest.raises(TryLater, match="the first machine of the job is lost"):
         guest.next_order()
 
 

@@ -121,6 +121,10 @@ class JobConfig(Section):
             )
         if self.device == "cpu" and self.train.precision == "fp16":
             raise ValueError("train.precision fp16 needs a GPU, but device is cpu; use fp32 or bf16")
+        if self.train.sharding == "full" and self.train.select_best:
+            raise ValueError(
+                "train.select_best cannot keep the best epoch of a model in shares; set train.sharding to none"
+            )
         if self.train.sharding == "full" and (self.device == "cpu" or self.train.method != "full"):
             raise ValueError(
                 "train.sharding full splits all weights of a model over several GPUs; it needs train.method full and "

@@ -45,13 +45,13 @@ class LeaseConfig(Section):
 
 
 class NodesConfig(Section):
-    """Machines and GPUs that train together. None of it changes the result by more than rounding."""
+    """Machines and GPUs that train together. The result is that of one GPU, nearly."""
 
     count: int = Field(1, ge=1, le=1000, description="Machines that train together, each with this command.")
-    rank: int = Field(0, ge=0, description="Which of them this is; 0 does all the rest of the job, too.")
-    master: str = Field("localhost", min_length=1, description="Name or address of machine 0.")
+    rank: int = Field(0, ge=0, description="Which of them this is; 0, the first, does all the rest of the job, too.")
+    master: str = Field("localhost", min_length=1, description="Name or address of the first machine.")
     port: int = Field(
-        29500, ge=1, le=65534, description="Port of machine 0 where they meet; the next one is used, too."
+        29500, ge=1, le=65534, description="Port of the first machine where they meet; the next one is used, too."
     )
     processes: int = Field(
         0,

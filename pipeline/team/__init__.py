@@ -20,7 +20,7 @@ from pipeline.errors import ConfigError
 from pipeline.team.launcher import Place, launch
 from pipeline.team.lesson import FACTS, Lesson
 from pipeline.team.meeting import Host
-from pipeline.team.verdict import DONE, Verdict, blamed
+from pipeline.team.verdict import Verdict, blamed
 
 log = logging.getLogger(__name__)
 
@@ -42,11 +42,13 @@ class Team:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._end(Verdict.of_job(error))
+        if self.host:
+            self.host.end(Verdict.of_job(error))
 
     def dismiss(self) -> None:
         """There is nothing left to train: the other machines end with 0, and cost nothing any more."""
-        self._end(DONE)
+        if self.host:
+            self.host.dismiss()
 
     def processes(self, cfg: TrainConfig, gpus: int) -> int:
         return self.cfg.count * processes_of_a_node(cfg, self.cfg, gpus)
@@ -59,15 +61,15 @@ class Team:
         try:
             if host := self.host:
                 host.wait_for_all()
-                place = Place(self.cfg.count, 0, processes, self.cfg.master, self.cfg.port + 1)
-                number = host.order(text, processes)
+                order = host.order(text, processes)
+                place = Place(self.cfg.count, 0, processes, self.cfg.master, self.cfg.port + 1, order.name)
 
                 def require_all() -> None:
                     require_wanted()
-                    host.require_all_at_work(number)
+                    host.require_all_at_work(order.number)
 
                 verdict = launch(text, folder, place, require_all)
-                verdict = blamed([verdict, *host.verdicts(number, verdict)])
+                verdict = blamed([verdict, *host.verdicts(order.number, verdict)])
             else:
                 verdict = launch(text, folder, Place(1, 0, processes, "127.0.0.1", free_port()), require_wanted)
             verdict.require_done()
@@ -75,11 +77,6 @@ class Team:
             return facts
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-
-    def _end(self, verdict: Verdict) -> None:
-        if self.host:
-            self.host.end(verdict)
-            self.host = None
 
 
 def processes_of_a_node(train: TrainConfig, nodes: NodesConfig, gpus: int) -> int:

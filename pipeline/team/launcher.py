@@ -5,13 +5,17 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
+import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,11 +23,14 @@ import psutil
 
 from pipeline import child, signals
 from pipeline.meter import saw_tool
-from pipeline.team.verdict import Verdict, blamed
+from pipeline.team.verdict import KILLED, PEER_LOST, Verdict, blamed
 
 log = logging.getLogger(__name__)
 
 WATCH_SECONDS = 0.1
+ENDING_SECONDS = 3.0  # between the verdicts of all and torchrun's own end
+GONE_SECONDS = 10.0  # after SIGKILL
+DEATH = re.compile(r"exitcode\s*:\s*-(\d+)")  # in torchrun's report: the number of a signal
 LESSON = "lesson.json"
 STOP = "stop"  # a file that asks the processes to save a checkpoint and end
 WORKER = "pipeline.team.worker"
@@ -39,6 +46,7 @@ class Place:
     processes: int
     master: str
     port: int
+    name: str = "alone"  # of the attempt: a process that another left behind does not join it
 
     def command(self, lesson: Path) -> list[str]:
         options = {
@@ -47,6 +55,7 @@ class Place:
             "nproc-per-node": self.processes,
             "master-addr": self.master,
             "master-port": self.port,
+            "rdzv-id": self.name,
             "max-restarts": 0,  # a restart is the platform's: by then a machine may be lost
         }
         given = [f"--{name}={value}" for name, value in options.items()]
@@ -61,30 +70,55 @@ def launch(lesson: str, folder: Path, place: Place, check: Callable[[], None]) -
     path = folder / LESSON
     path.write_text(lesson, encoding="utf-8")
     told = Told(folder)
-    with child.started(place.command(path), stdout=subprocess.DEVNULL, env=environment(place)) as (process, said):
-        while process.poll() is None:
+    with (
+        child.started(place.command(path), stdout=subprocess.DEVNULL, env=environment(place)) as (process, said),
+        no_orphans(process.pid),
+    ):
+        ends_at = math.inf
+        while process.poll() is None and time.monotonic() < ends_at:
             told.tell()
+            if len(verdicts_in(folder)) == place.processes:  # torchrun may still wait for another machine's
+                ends_at = min(ends_at, time.monotonic() + ENDING_SECONDS)
             if signals.is_stopping():
                 (folder / STOP).touch()
             check()
             time.sleep(WATCH_SECONDS)
         told.tell()
-        if signals.is_stopping():
-            signals.stop()
-        return verdict_of(folder, place.processes, process.returncode, child.last_line(said))
+        verdict = verdict_of(verdicts_in(folder), place.processes, child.text_of(said))
+    if verdict.kind and signals.is_stopping():
+        signals.stop()
+    return verdict
 
 
-def verdict_of(folder: Path, processes: int, code: int, last_line: str) -> Verdict:
-    """A process that left none was killed, and so the others lost it, or torchrun has ended them."""
-    found = [Verdict.parsed(path.read_bytes()) for path in sorted(folder.glob("verdict-*.json"))]
+@contextmanager
+def no_orphans(launcher: int) -> Iterator[None]:
+    """torchrun's processes are in groups of their own, so they do not go with its group."""
+    try:
+        yield
+    finally:
+        found = []
+        with suppress(psutil.Error):
+            found = psutil.Process(launcher).children(recursive=True)
+        for each in found:
+            with suppress(psutil.Error):
+                each.kill()
+        psutil.wait_procs(found, timeout=GONE_SECONDS)
+
+
+def verdicts_in(folder: Path) -> list[Verdict]:
+    return [Verdict.parsed(path.read_bytes()) for path in sorted(folder.glob("verdict-*.json"))]
+
+
+def verdict_of(found: list[Verdict], processes: int, said: str) -> Verdict:
+    """Where some left none: torchrun says of each how it ended. At the first that fails it ends the others itself."""
     verdict = blamed(found)
     if verdict.is_cause or len(found) == processes:
         return verdict
-    return Verdict(
-        "MachineError",
-        f"a training process ended without a word, probably killed for lack of memory (torchrun ended with {code}: "
-        f"{last_line[:200]}); run again with more memory, training goes on from its last checkpoint",
-    )
+    deaths = [number for number in map(int, DEATH.findall(said)) if number != signal.SIGTERM]
+    if deaths:
+        return Verdict(KILLED, f"signal {deaths[0]}")
+    last = next((line for line in reversed(said.splitlines()) if line.strip()), "")
+    return verdict if verdict.kind else Verdict(PEER_LOST, f"torchrun: {last.strip()[:200]}")
 
 
 def environment(place: Place) -> dict[str, str]:
@@ -92,7 +126,8 @@ def environment(place: Place) -> dict[str, str]:
 
     gloo would ask for its own host's name, which need not be known, or not by the right address.
     """
-    found = {"PYTHONPATH": os.pathsep.join(filter(None, (str(SOURCE), os.environ.get("PYTHONPATH"))))}
+    found = {"PYTHONSAFEPATH": "1"}  # nothing is imported from where the user happens to be
+    found["PYTHONPATH"] = os.pathsep.join(filter(None, (str(SOURCE), os.environ.get("PYTHONPATH"))))
     if "GLOO_SOCKET_IFNAME" not in os.environ and (name := interface_towards(place.master, place.port)):
         found["GLOO_SOCKET_IFNAME"] = name
     return found
@@ -130,4 +165,4 @@ class Told:
                     logging.getLogger(content["logger"]).log(content["level"], "%s", content["message"])
         for path in set(self.folder.glob("memory-*")) - set(self.read):
             self.read[path] = path.stat().st_size
-            saw_tool(int(path.read_text()))
+            saw_tool(*json.loads(path.read_text()))

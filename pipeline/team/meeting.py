@@ -13,6 +13,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch.distributed has no __all__
@@ -21,7 +22,7 @@ from pipeline import signals
 from pipeline.config import NodesConfig
 from pipeline.errors import ConfigError, TryLater
 from pipeline.stage import code_digest
-from pipeline.team.verdict import Verdict
+from pipeline.team.verdict import DONE, Verdict
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +36,22 @@ ENDING_SECONDS = 600.0
 MACHINE = "machine/{}"
 ORDER = "order/{}"
 VERDICT = "verdict/{}/{}"
-LEFT = "left/{}"
+LEFT = "left/{}"  # by the id of the process: another may come in its place
 END = "end"
+
+
+@dataclass(frozen=True)
+class Order:
+    """To train; `name` is the attempt's."""
+
+    number: int
+    lesson: str
+    processes: int
+    name: str
+
+
+class Superseded(Exception):
+    """Another attempt has begun."""
 
 
 class Line(threading.Thread):
@@ -78,7 +93,7 @@ class Line(threading.Thread):
         while not self._closed:
             try:
                 self._exchange()
-            except RuntimeError as e:  # the base of all that torch.distributed raises
+            except Exception as e:  # whatever it is: the others must be told
                 self.broken = " ".join(str(e).split())[:200] or type(e).__name__
                 return
             self._wake.wait(BEAT_SECONDS)
@@ -89,7 +104,8 @@ class Line(threading.Thread):
         self.store.set(self.me, json.dumps({"id": self.id, "beat": self.beats, "code": code_digest()}))
         for key, said in list(self._to_say.items()):
             self.store.set(key, said)
-            del self._to_say[key]
+            if self._to_say[key] == said:
+                del self._to_say[key]
         for key in self.wanted():
             if self.store.check([key]) and (value := self.store.get(key)) != self.heard.get(key):
                 self.heard[key] = value
@@ -112,7 +128,7 @@ class Host:
     def wait_for_all(self) -> None:
         """Raises `TryLater` when they do not all come in time, or one leaves; `ConfigError` for other versions."""
         end = time.monotonic() + self.cfg.wait_seconds
-        while missing := [rank for rank in self.others if self._id(rank) is None]:
+        while missing := [rank for rank in self.others if not self._is_there(rank)]:
             self._require_no_end()
             if time.monotonic() > end:
                 raise TryLater(
@@ -125,10 +141,11 @@ class Host:
             if json.loads(self.line.heard[MACHINE.format(rank)])["code"] != code_digest():
                 raise ConfigError(f"{named([rank])} has another version of quotesmith; give all the same image")
 
-    def order(self, lesson: str, processes: int) -> int:
+    def order(self, lesson: str, processes: int) -> Order:
         self.number += 1
-        self.line.say(ORDER.format(self.number), json.dumps({"lesson": lesson, "processes": processes}))
-        return self.number
+        order = Order(self.number, lesson, processes, f"{self.line.id}-{self.number}")
+        self.line.say(ORDER.format(self.number), json.dumps(asdict(order)))
+        return order
 
     def require_all_at_work(self, number: int) -> None:
         """Raises `TryLater` for a machine that is lost or gave up, soon after that."""
@@ -146,31 +163,44 @@ class Host:
                 )
             elif self._id(rank) != self.known[rank]:
                 raise TryLater(f"{named([rank])} was started anew in the middle of training; run again")
-            elif left := self.line.heard.get(LEFT.format(rank)):
+            elif left := self.line.heard.get(LEFT.format(self._id(rank))):
                 raise TryLater(f"{named([rank])} left: {left.decode()}; run again")
 
     def verdicts(self, number: int, own: Verdict) -> list[Verdict]:
-        """The others'. Where this machine's processes are done, so are theirs; where not, somebody knows why."""
-        seconds = self.cfg.lost_seconds + CAUSE_SECONDS if not own.kind else CAUSE_SECONDS
-        end = time.monotonic() + seconds
+        """The others', where somebody must know why this machine's processes failed. Where they are done, all are."""
+        if own.is_cause or not own.kind:
+            return []
+        end = time.monotonic() + self.cfg.lost_seconds + CAUSE_SECONDS
         keys = [VERDICT.format(number, rank) for rank in self.others]
-        while not own.is_cause and time.monotonic() < end and not all(key in self.line.heard for key in keys):
-            if own.kind:
-                self.require_all_at_work(number)
+        while time.monotonic() < end and not all(key in self.line.heard for key in keys):
+            self.require_all_at_work(number)
             patiently()
         return [Verdict.parsed(self.line.heard[key]) for key in keys if key in self.line.heard]
 
+    def dismiss(self) -> None:
+        """There is nothing left to train: the others end well, also those that come later."""
+        self.line.say(END, DONE.as_json())
+
     def end(self, verdict: Verdict) -> None:
-        """The others hear of it and leave, those that are there."""
+        """The others hear of it and leave, those that are there. Where the job is done, those that have yet to come are
+        waited for: nobody else would tell them, and their platform would start them again and again."""
         self.line.say(END, verdict.as_json())
-        end = time.monotonic() + LAST_WORD_SECONDS
-        while time.monotonic() < end and not self.line.broken and any(self._is_there(rank) for rank in self.others):
-            time.sleep(PATIENCE_SECONDS / 2)
+        missing = [] if verdict.kind else [rank for rank in self.others if self._id(rank) is None]
+        if missing:
+            log.info("nodes: waits for %s, to say that there is nothing to train", named(missing))
+        self._while(lambda: any(self._id(rank) is None for rank in missing), self.cfg.wait_seconds)
+        self._while(lambda: any(self._is_there(rank) for rank in self.others), LAST_WORD_SECONDS)
         self.line.close()
 
+    def _while(self, waits: Callable[[], bool], seconds: float) -> None:
+        end = time.monotonic() + seconds
+        stopping = signals.is_stopping()  # then these are the last words; a signal that comes now ends the waiting
+        while waits() and time.monotonic() < end and not self.line.broken and signals.is_stopping() == stopping:
+            time.sleep(PATIENCE_SECONDS / 2)
+
     def _is_there(self, rank: int) -> bool:
-        there = self._id(rank) is not None and self.line.silence(MACHINE.format(rank)) < 3 * BEAT_SECONDS
-        return there and LEFT.format(rank) not in self.line.heard
+        there = self._id(rank) is not None and self.line.silence(MACHINE.format(rank)) < self.cfg.lost_seconds
+        return there and LEFT.format(self._id(rank)) not in self.line.heard
 
     def _require_no_end(self) -> None:
         if self.line.broken:
@@ -182,7 +212,7 @@ class Host:
 
     def _wanted(self) -> Iterable[str]:
         for rank in self.others:
-            yield from (MACHINE.format(rank), LEFT.format(rank))
+            yield from (MACHINE.format(rank), LEFT.format(self._id(rank)))
             if self.number:
                 yield VERDICT.format(self.number, rank)
 
@@ -197,8 +227,8 @@ class Guest:
         self.line = Line(connect(cfg), cfg.rank, self._wanted)
         self.line.start()
 
-    def next_order(self) -> tuple[str, int] | None:
-        """A lesson and the number of processes; None when the job has nothing more for this machine. Raises what the
+    def next_order(self) -> Order | None:
+        """None when the job has nothing more for this machine. Raises what the
         job failed with, and `TryLater` when machine 0 is lost."""
         while not (order := self.line.heard.get(ORDER.format(self.number))):
             if end := self.line.heard.get(END):
@@ -206,8 +236,7 @@ class Guest:
                 return None
             self.require_host()
             patiently()
-        content = json.loads(order)
-        return content["lesson"], content["processes"]
+        return Order(**json.loads(order))
 
     def report(self, verdict: Verdict) -> None:
         self.line.say(VERDICT.format(self.number, self.cfg.rank), verdict.as_json())
@@ -219,22 +248,23 @@ class Guest:
             silent = max(silent, self.line.silence(MACHINE.format(0)))
         if self.line.broken or silent > self.cfg.lost_seconds:
             why = self.line.broken or f"nothing was heard of it for {silent:.0f} s"
-            raise TryLater(f"machine 1 of the job is lost ({why}); run again")
+            raise TryLater(f"the first machine of the job is lost ({why}); run again")
 
     def require_not_over(self) -> None:
-        """In training: machine 0 lives, and has not given up."""
+        """In training: machine 0 lives, and has not given up. Raises `Superseded` if it tries anew."""
         self.require_host()
+        if ORDER.format(self.number + 1) in self.line.heard:
+            raise Superseded
         if end := self.line.heard.get(END):
             Verdict.parsed(end).require_done()
-            raise TryLater("machine 1 of the job ended the training of this one; run again")
 
     def leave(self, why: str) -> None:
-        self.line.say(LEFT.format(self.cfg.rank), why)
+        self.line.say(LEFT.format(self.line.id), why)
         self.line.was_said(LAST_WORD_SECONDS)
         self.line.close()
 
     def _wanted(self) -> Iterable[str]:
-        return MACHINE.format(0), ORDER.format(self.number), END
+        return MACHINE.format(0), ORDER.format(self.number), ORDER.format(self.number + 1), END
 
 
 def listen(cfg: NodesConfig) -> TCPStore:
@@ -255,8 +285,8 @@ def connect(cfg: NodesConfig) -> TCPStore:
         except RuntimeError as e:
             if time.monotonic() > end:
                 raise TryLater(
-                    f"machine 1 of the job did not answer at {cfg.master}:{cfg.port} within {cfg.wait_seconds:g} s "
-                    f"(nodes.wait_seconds): {first_words(e)}; see whether it runs, and run again"
+                    f"the first machine of the job did not answer at {cfg.master}:{cfg.port} within "
+                    f"{cfg.wait_seconds:g} s (nodes.wait_seconds): {first_words(e)}; see whether it runs, and run again"
                 ) from e
         patiently()
 

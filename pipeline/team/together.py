@@ -6,6 +6,7 @@ All of it goes through the CPUs (gloo), where it makes no GPU wait.
 from __future__ import annotations
 
 import os
+import threading
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
@@ -18,6 +19,8 @@ from torch import Tensor
 # (`meeting.py`), and sooner.
 PATIENCE = timedelta(minutes=60)
 CHUNK = 1 << 26  # bytes
+
+stop_asked = threading.Event()  # of this process; all stop together, once any of them knows
 
 Value = TypeVar("Value")
 
@@ -46,6 +49,11 @@ def summed(values: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
+
+
+def mean(value: float) -> float:
+    """Over all processes."""
+    return float(summed(torch.tensor(value, dtype=torch.float64))) / size()
 
 
 def any_of(*flags: bool) -> tuple[bool, ...]:

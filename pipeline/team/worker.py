@@ -9,15 +9,18 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+
+import psutil
 
 from pipeline import groups, signals
 from pipeline.artifacts import Checkpoint, TokenDataset
 from pipeline.device import device_errors
 from pipeline.disk import errors_translated
 from pipeline.errors import QuotesmithError
-from pipeline.meter import peak_of_process
+from pipeline.meter import peak_of_gpu, peak_of_process
 from pipeline.team import together
 from pipeline.team.launcher import STOP
 from pipeline.team.lesson import FACTS, Lesson
@@ -29,7 +32,7 @@ LOOK_SECONDS = 0.2
 
 
 def main(path: Path) -> None:
-    groups.die_with_parent()  # which torchrun does not see to
+    die_with_torchrun()
     folder, number = path.parent, int(os.environ["RANK"])
     logs_into(folder / f"log-{number}.jsonl", logging.INFO if number == 0 else logging.WARNING)
     threading.Thread(target=watch, args=(folder / STOP,), daemon=True).start()
@@ -40,12 +43,21 @@ def main(path: Path) -> None:
         verdict = Verdict.of_worker(e)
         if not isinstance(e, QuotesmithError) and verdict.kind not in (STOPPED, PEER_LOST, OUT_OF_MEMORY):
             log.error("%s", "".join(traceback.format_exception(e)))
-    write_whole(folder / f"memory-{number}", str(peak_of_process()))
+    write_whole(folder / f"memory-{number}", json.dumps([peak_of_process(), peak_of_gpu()]))
     write_whole(folder / f"verdict-{number}.json", verdict.as_json())
     # Past what waits for other processes at the interpreter's end. Had it failed, torchrun would kill the others,
     # which may be saving the checkpoint that this one has been told to end with.
     logging.shutdown()
     os._exit(0 if verdict.kind in ("", STOPPED) else 1)
+
+
+def die_with_torchrun() -> None:
+    """Which does not see to it, and gives each process a group of its own."""
+    groups.die_with_parent()
+    with suppress(psutil.Error):
+        if "torch.distributed.run" in " ".join(psutil.Process(os.getppid()).cmdline()):
+            return
+    os._exit(1)  # it died before that
 
 
 def learn(lesson: Lesson, folder: Path) -> None:
@@ -58,9 +70,10 @@ def learn(lesson: Lesson, folder: Path) -> None:
         out = lesson.out if first else folder / f"process-{together.rank()}"
         out.mkdir(parents=True, exist_ok=True)
         checkpoints = here.keeping.checkpoints() if here.keeping and first else None
+        found = together.brought(checkpoints.newest() if checkpoints else None, folder / "checkpoint")
         facts = train_here(
             here.base, here.tokens, here.cfg, here.batch_size, here.device, here.seed, out,
-            checkpoints or (KeptElsewhere() if here.keeping else None),
+            checkpoints or (KeptElsewhere() if here.keeping else None), found,
         )  # fmt: skip
         if first:
             write_whole(folder / FACTS, json.dumps(facts))
@@ -85,22 +98,21 @@ def with_files(lesson: Lesson, folder: Path) -> Lesson:
 class KeptElsewhere:
     """The checkpoints, as every process but the first sees them."""
 
+    wanted = False  # by this process
+
     def due(self, step: int) -> bool:
-        return signals.is_stopping()
+        return False
 
     def save(self, step: int, write: object) -> None:
         if signals.is_stopping():
             signals.stop()
-
-    def newest(self) -> None:
-        """The first process brings it."""
 
 
 def watch(stop: Path) -> None:
     """A signal goes to the job's own process, which asks with a file."""
     while not stop.exists():
         time.sleep(LOOK_SECONDS)
-    signals.heard_of()
+    together.stop_asked.set()
 
 
 class Lines(logging.Formatter):
