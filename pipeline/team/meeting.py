@@ -22,14 +22,14 @@ from pipeline import signals
 from pipeline.config import NodesConfig
 from pipeline.errors import ConfigError, TryLater
 from pipeline.stage import code_digest
-from pipeline.team.verdict import DONE, Verdict
+from pipeline.team.verdict import DONE, STOPPED, Verdict
 
 log = logging.getLogger(__name__)
 
 BEAT_SECONDS = 1.0
 CONNECT_SECONDS = 5.0  # of one try; between two of them a signal is looked at
 PATIENCE_SECONDS = 0.2
-LAST_WORD_SECONDS = 3.0  # in which the others hear of the end
+LAST_WORD_SECONDS = 3.0  # in which the others hear of the end, and leave
 CAUSE_SECONDS = 10.0  # in which others say what they ended of, when this one's processes lost theirs
 # After another machine's processes have ended, ours may take this long: they save a model, or copy a checkpoint.
 ENDING_SECONDS = 600.0
@@ -137,7 +137,7 @@ class Host:
                 )
             patiently()
         for rank in self.others:
-            self.known.setdefault(rank, self._id(rank) or "")
+            self.known[rank] = self._id(rank) or ""
             if json.loads(self.line.heard[MACHINE.format(rank)])["code"] != code_digest():
                 raise ConfigError(f"{named([rank])} has another version of quotesmith; give all the same image")
 
@@ -153,7 +153,7 @@ class Host:
         for rank in self.others:
             key = VERDICT.format(number, rank)
             if key in self.line.heard:
-                failed = Verdict.parsed(self.line.heard[key]).kind not in ("", "Stopped")
+                failed = Verdict.parsed(self.line.heard[key]).kind not in (DONE.kind, STOPPED)
                 if self.line.silence(key) > (CAUSE_SECONDS if failed else ENDING_SECONDS):
                     raise TryLater(f"{named([rank])} has ended its training, but this machine's goes on; run again")
             elif self.line.silence(MACHINE.format(rank)) > self.cfg.lost_seconds:
@@ -228,15 +228,15 @@ class Guest:
         self.line.start()
 
     def next_order(self) -> Order | None:
-        """None when the job has nothing more for this machine. Raises what the
-        job failed with, and `TryLater` when machine 0 is lost."""
-        while not (order := self.line.heard.get(ORDER.format(self.number))):
-            if end := self.line.heard.get(END):
-                Verdict.parsed(end).require_done()
-                return None
+        """None when the job has nothing more for this machine. Raises what the job failed with, and `TryLater` when
+        machine 0 is lost."""
+        while END not in self.line.heard:
+            if order := self.line.heard.get(ORDER.format(self.number)):
+                return Order(**json.loads(order))
             self.require_host()
             patiently()
-        return Order(**json.loads(order))
+        Verdict.parsed(self.line.heard[END]).require_done()
+        return None
 
     def report(self, verdict: Verdict) -> None:
         self.line.say(VERDICT.format(self.number, self.cfg.rank), verdict.as_json())
@@ -264,7 +264,7 @@ class Guest:
         self.line.close()
 
     def _wanted(self) -> Iterable[str]:
-        return MACHINE.format(0), ORDER.format(self.number), ORDER.format(self.number + 1), END
+        return END, MACHINE.format(0), ORDER.format(self.number), ORDER.format(self.number + 1)
 
 
 def listen(cfg: NodesConfig) -> TCPStore:
