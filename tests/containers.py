@@ -29,7 +29,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
-DEMANDED = os.environ.get("QUOTESMITH_IMAGE", "")  # 1: what is missing fails the tests; 0: not even tried
+DEMANDED = os.environ.get("IMAGE_TESTS", "")  # 1: what is missing fails the tests; 0: not even tried
 ROOM = 8e9  # bytes: a build from nothing keeps 3.6 GB, and holds its largest layer twice more while it is committed
 IMAGE = "localhost/quotesmith:cpu-"
 HELD: list[IO[str]] = []
@@ -64,7 +64,7 @@ PIP_SETTINGS = ("cert", "client-cert", "extra-index-url", "find-links", "index-u
 def missing() -> str:
     """Why no image is built and run here; empty if it is."""
     if DEMANDED == "0":
-        return "QUOTESMITH_IMAGE=0"
+        return "IMAGE_TESTS=0"
     if absent := [name for name in PROGRAMS if not shutil.which(name)]:
         return f"no {', '.join(absent)}; the image is built and run with Debian's packages of these names"
     if os.geteuid() != 0:

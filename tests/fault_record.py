@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-EVERY_FAULT = bool(os.environ.get("QUOTESMITH_EVERY_FAULT"))  # whole jobs are spoilt wherever they write
+EVERY_FAULT = bool(os.environ.get("EVERY_FAULT"))  # whole jobs are spoilt wherever they write
 TOLD: pytest.StashKey[Counter[tuple[str, str, str]]] = pytest.StashKey()
 PROPERTY = "faults"  # of a test's report: reports come to the controller from the processes that pytest-xdist starts
 

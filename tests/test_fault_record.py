@@ -55,4 +55,4 @@ def test_only_a_run_of_all_tests_that_passes_is_complete(tmp_path):
 def test_the_head_says_whether_every_fault_was_tried(tmp_path):
     passing = "def test_it(): pass"
     assert run(tmp_path, tests=passing)[0]["every_fault"] is False
-    assert run(tmp_path, tests=passing, QUOTESMITH_EVERY_FAULT="1")[0]["every_fault"] is True
+    assert run(tmp_path, tests=passing, EVERY_FAULT="1")[0]["every_fault"] is True

@@ -3,7 +3,7 @@
 The boundaries are not listed anywhere: an undisturbed job on the smallest model is watched by a library of ours
 (write_boundaries.c) in the job and its tools, so what a new stage writes is tried too. SIGKILL comes before every call
 by which something is committed (a stage, a checkpoint, a copy, a release) and before a sample of the others that change
-a file; SIGTERM, a full disk and I/O errors come at a sample of all. With QUOTESMITH_EVERY_FAULT=1 in the environment
+a file; SIGTERM, a full disk and I/O errors come at a sample of all. With EVERY_FAULT=1 in the environment
 each fault comes at every boundary, which takes the better part of an hour.
 """
 
