@@ -68,8 +68,16 @@ def test_a_killed_program_is_the_machines_fault():
         child.run(python("import os; os.kill(os.getpid(), 9)"))
 
 
+@pytest.fixture
+def interruptible():
+    """A shell's & has SIGINT ignored, in children too."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_program_that_somebody_stopped_can_be_run_again(number):
+def test_a_program_that_somebody_stopped_can_be_run_again(number, interruptible):
     with pytest.raises(TryLater, match=f"stopped by {number.name}"):
         child.run(python(f"import os; os.kill(os.getpid(), {number:d})"))
 
