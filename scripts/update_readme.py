@@ -1,5 +1,5 @@
 """Rewrites the README's tables: of settings from the settings themselves and, with --faults FILE, of faults tried from
-what `pytest --faults FILE` wrote."""
+what `pytest --faults=FILE` wrote."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def with_faults(readme: str, lines: str) -> str:
     """`readme` with the table of the faults that a whole run of the tests tried; ValueError for a part of a run."""
     head, *told = (json.loads(line) for line in lines.splitlines())
     if not head["complete"]:
-        raise ValueError("only a run of all tests that passes makes the table: pytest --faults FILE")
+        raise ValueError("only a run of all tests that passes makes the table: pytest --faults=FILE")
     if not FAULTS.search(readme):
         readme = readme.replace(BEFORE_FAULTS, FAULTS_SECTION + BEFORE_FAULTS)
     return FAULTS.sub(lambda _: faults_markdown(head, told), readme)

@@ -1,4 +1,4 @@
-"""A pytest plugin that counts the faults that tests tried: `pytest --faults FILE` writes one JSON line for each kind,
+"""A pytest plugin that counts the faults that tests tried: `pytest --faults=FILE` writes one JSON line for each kind,
 and scripts/update_readme.py makes the README's table of it.
 
 A test that tries many faults tells of them with the fixture `record_fault`; one that tries a single one has the marker
