@@ -7,6 +7,7 @@ import pytest
 from pipeline import signals
 from pipeline.config import NodesConfig
 from pipeline.errors import ConfigError, InputMissing, TryLater
+from pipeline.team import line
 from pipeline.team import meeting as module
 from pipeline.team.meeting import Guest, Host, Superseded
 from pipeline.team.verdict import DONE, PEER_LOST, STOPPED, Verdict
@@ -16,7 +17,8 @@ KILLED = Verdict("MachineError", "killed")
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    for name, seconds in {"BEAT": 0.05, "PATIENCE": 0.01, "LAST_WORD": 1.0, "CAUSE": 0.5, "CONNECT": 0.5}.items():
+    monkeypatch.setattr(line, "BEAT_SECONDS", 0.05)
+    for name, seconds in {"PATIENCE": 0.01, "LAST_WORD": 1.0, "CAUSE": 0.5, "CONNECT": 0.5}.items():
         monkeypatch.setattr(module, f"{name}_SECONDS", seconds)
 
 

@@ -1,17 +1,14 @@
 """Where the machines of a job meet: a key-value store of torch's (TCPStore) on machine 0. Through it they learn what to
 train and how it ended, and each shows the others that it lives.
 
-torch.distributed by itself does not notice a machine that was switched off: with NCCL the others wait for half an hour,
-in a store's call for ever. So a thread of its own does all the talking, and everybody else asks only what it has heard.
+torch.distributed by itself notices a machine that was switched off when its time limit is over (`together.PATIENCE`).
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import threading
 import time
-import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -22,18 +19,17 @@ from pipeline import signals
 from pipeline.config import NodesConfig
 from pipeline.errors import ConfigError, TryLater
 from pipeline.stage import code_digest
+from pipeline.team.line import MACHINE, Line
 from pipeline.team.verdict import DONE, STOPPED, Verdict
 
 log = logging.getLogger(__name__)
 
-BEAT_SECONDS = 1.0
 CONNECT_SECONDS = 5.0  # of one try; between two of them a signal is looked at
 PATIENCE_SECONDS = 0.2
 LAST_WORD_SECONDS = 3.0  # in which the others hear of the end, and leave
 CAUSE_SECONDS = 10.0  # in which others say what they ended of, when this one's processes lost theirs
 # After another machine's processes have ended, ours may take this long: they save a model, or copy a checkpoint.
 ENDING_SECONDS = 600.0
-MACHINE = "machine/{}"
 ORDER = "order/{}"
 VERDICT = "verdict/{}/{}"
 LEFT = "left/{}"  # by the id of the process: another may come in its place
@@ -52,65 +48,6 @@ class Order:
 
 class Superseded(Exception):
     """Another attempt has begun."""
-
-
-class Line(threading.Thread):
-    """Says what it is given, and its own beat, and hears the keys of `wanted`, once a second."""
-
-    def __init__(self, store: TCPStore, rank: int, wanted: Callable[[], Iterable[str]]) -> None:
-        super().__init__(name="meeting", daemon=True)
-        self.store, self.wanted = store, wanted
-        self.me = MACHINE.format(rank)
-        self.id = uuid.uuid4().hex
-        self.beats = 0
-        self.heard: dict[str, bytes] = {}
-        self.changed_at: dict[str, float] = {}  # on the clock of time.monotonic
-        self.last_at = time.monotonic()
-        self.broken = ""
-        self._to_say: dict[str, str] = {}
-        self._wake, self._closed = threading.Event(), False
-
-    def say(self, key: str, value: str) -> None:
-        self._to_say[key] = value
-        self._wake.set()
-
-    def was_said(self, seconds: float) -> bool:
-        """Whether everything was, waiting for that for a while."""
-        end = time.monotonic() + seconds
-        while self._to_say and not self.broken and time.monotonic() < end:
-            time.sleep(PATIENCE_SECONDS / 4)
-        return not self._to_say
-
-    def close(self) -> None:
-        self._closed = True
-        self._wake.set()
-
-    def silence(self, key: str) -> float:
-        """Seconds since the key had another value; since it was looked for first, if it has none."""
-        return time.monotonic() - self.changed_at.setdefault(key, time.monotonic())
-
-    def run(self) -> None:
-        while not self._closed:
-            try:
-                self._exchange()
-            except Exception as e:  # whatever it is: the others must be told
-                self.broken = " ".join(str(e).split())[:200] or type(e).__name__
-                return
-            self._wake.wait(BEAT_SECONDS)
-            self._wake.clear()
-
-    def _exchange(self) -> None:
-        self.beats += 1
-        self.store.set(self.me, json.dumps({"id": self.id, "beat": self.beats, "code": code_digest()}))
-        for key, said in list(self._to_say.items()):
-            self.store.set(key, said)
-            if self._to_say[key] == said:
-                del self._to_say[key]
-        for key in self.wanted():
-            if self.store.check([key]) and (value := self.store.get(key)) != self.heard.get(key):
-                self.heard[key] = value
-                self.changed_at[key] = time.monotonic()
-        self.last_at = time.monotonic()
 
 
 class Host:
