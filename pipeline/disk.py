@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 import shutil
 from collections.abc import Collection, Iterator
@@ -29,6 +30,7 @@ SAID = {
 NO_TEMPORARY = "No usable temporary directory"  # Python's tempfile, whose number says that a file is missing
 TEMPORARY_SAID = "no folder for temporary files can be written; set TMPDIR to one with room, or mount one at /tmp"
 LEAST_FREE_BYTES = 1 << 20  # with less than this left, what failed while writing failed for lack of disk
+IN_TORCH = re.compile(r"failed with strerror: (.+)")  # torch.save where it cannot open its file
 IN_RUST = re.compile(r"\(os error (\d+)\)")  # safetensors and tokenizers have exceptions of their own
 NO_NUMBER = {
     # torch.save: its own writing, what it checks afterwards, and C++'s closing of the file
@@ -46,6 +48,8 @@ def number_of(error: BaseException) -> int | None:
         return int(found[1])
     if isinstance(error, MemoryError):
         return errno.ENOMEM
+    if found := IN_TORCH.search(str(error)):
+        return next((number for number in SAID if os.strerror(number) == found[1]), None)
     return next((number for sign, number in NO_NUMBER.items() if sign in str(error)), None)
 
 

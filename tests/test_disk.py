@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
-from pipeline.disk import as_machine_error, clear, errors_translated
+from pipeline.disk import as_machine_error, clear, errors_translated, number_of
 from pipeline.errors import CheckFailed, DataError, MachineError, NotAllowed
 
 refusal = pytest.mark.fault(
@@ -109,3 +109,10 @@ def test_that_no_temporary_file_can_be_made_is_the_machines_error(monkeypatch, t
     monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "nowhere")])
     with pytest.raises(MachineError, match="set TMPDIR"), errors_translated(tmp_path):
         tempfile.gettempdir()
+
+
+def test_a_file_that_torch_cannot_open_is_told_by_what_the_system_says():
+    said = "[enforce fail at inline_container.cc:747] . open file failed with strerror: {}"
+    assert number_of(RuntimeError(said.format("Input/output error"))) == errno.EIO
+    assert number_of(RuntimeError(said.format("No space left on device"))) == errno.ENOSPC
+    assert number_of(RuntimeError(said.format("Is a directory"))) is None
