@@ -55,15 +55,15 @@ def finetune(
     when the loss is not finite, `ConfigError` when one example does not fit into the GPU.
     """
     gpus = torch.cuda.device_count() if device == "cuda" else 0
-    processes = team.processes(cfg, gpus) if team else 1
-    share = cfg.batch_size * cfg.accumulation // processes
+    processes, machines = (team.processes(cfg, gpus), team.cfg.count) if team else (1, 1)
+    share = cfg.batch_size * cfg.accumulation // (processes * machines)
     batch_size = largest_divisor(share, cfg.batch_size)
     while True:
         try:
-            if team and processes > 1:
+            if team and processes * machines > 1:
                 keeping = Keeping.of(checkpoints) if checkpoints and checkpoints.wanted else None
                 lesson = Lesson(base, tokens, cfg, batch_size, device, seed, out, keeping)
-                facts = team.train(lesson, gpus, checkpoints.require_wanted if checkpoints else lambda: None)
+                facts = team.train(lesson, processes, checkpoints.require_wanted if checkpoints else lambda: None)
             else:
                 found = checkpoints.newest() if checkpoints else None
                 facts = train_here(base, tokens, cfg, batch_size, device, seed, out, checkpoints, found)

@@ -51,13 +51,17 @@ class Team:
             self.host.dismiss()
 
     def processes(self, cfg: TrainConfig, gpus: int) -> int:
-        return self.cfg.count * processes_of_a_node(cfg, self.cfg, gpus)
+        """On each machine."""
+        found = processes_of_a_node(cfg, self.cfg, gpus)
+        if found < gpus and not self.cfg.processes:
+            examples = cfg.batch_size * cfg.accumulation
+            log.warning("finetune: %d of %d GPUs are used, which can share a step's %d examples", found, gpus, examples)
+        return found
 
-    def train(self, lesson: Lesson, gpus: int, require_wanted: Callable[[], None]) -> Facts:
+    def train(self, lesson: Lesson, processes: int, require_wanted: Callable[[], None]) -> Facts:
         """What `finetune.train_here` returns, done by all. Raises what it raises in whichever process, what
         `require_wanted` does, and `TryLater` when a machine does not come, is lost or is stopped."""
-        processes, text = processes_of_a_node(lesson.cfg, self.cfg, gpus), lesson.as_json()
-        folder = lesson.out / "team"
+        text, folder = lesson.as_json(), lesson.out / "team"
         try:
             if host := self.host:
                 host.wait_for_all()
@@ -92,8 +96,6 @@ def processes_of_a_node(train: TrainConfig, nodes: NodesConfig, gpus: int) -> in
         )
     if gpus and found > gpus:
         raise ConfigError(f"nodes.processes is {found}, but {gpus} GPUs are visible; ask for at most one for each")
-    if found < asked:
-        log.warning("finetune: %d of %d GPUs are used, which can share a step's %d examples", found, asked, examples)
     if train.sharding == "full" and found * nodes.count == 1:
         raise ConfigError("train.sharding is full, but only one GPU trains; take several, or set it to none")
     return found

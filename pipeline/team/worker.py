@@ -16,10 +16,10 @@ from pathlib import Path
 import psutil
 
 from pipeline import groups, signals
-from pipeline.artifacts import Checkpoint, TokenDataset
 from pipeline.device import device_errors
 from pipeline.disk import errors_translated
 from pipeline.errors import QuotesmithError
+from pipeline.logs import QUIET
 from pipeline.meter import peak_of_gpu, peak_of_process
 from pipeline.team import together
 from pipeline.team.launcher import STOP
@@ -88,10 +88,8 @@ def with_files(lesson: Lesson, folder: Path) -> Lesson:
     assert base and tokens
     return replace(
         lesson,
-        base=Checkpoint(base, lesson.base.sha256, lesson.base.facts),
-        tokens=TokenDataset(
-            tokens, lesson.tokens.sha256, lesson.tokens.begin_id, lesson.tokens.end_id, lesson.tokens.facts
-        ),
+        base=replace(lesson.base, path=base),
+        tokens=replace(lesson.tokens, path=tokens),
     )
 
 
@@ -127,8 +125,6 @@ def logs_into(path: Path, level: int) -> None:
     handler.setFormatter(Lines())
     logging.basicConfig(level=level, handlers=[handler], force=True)
     logging.captureWarnings(True)
-    from pipeline.logs import QUIET
-
     for name in (*QUIET, "py.warnings", "torch"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
