@@ -75,8 +75,9 @@ def locked(path: Path) -> int | None:
             return None
         except OSError:
             return descriptor
-        if path.exists() and os.fstat(descriptor).st_ino == path.stat().st_ino:
-            return descriptor
+        with suppress(FileNotFoundError):
+            if os.fstat(descriptor).st_ino == path.stat().st_ino:
+                return descriptor
         os.close(descriptor)  # its last owner removed it between the two calls
 
 
