@@ -73,8 +73,10 @@ class Line(threading.Thread):
             self.store.set(key, said)
             if self._to_say[key] == said:
                 del self._to_say[key]
+        news = {}
         for key in self.wanted():
             if self.store.check([key]) and (value := self.store.get(key)) != self.heard.get(key):
-                self.heard[key] = value
-                self.changed_at[key] = time.monotonic()
+                news[key] = value
         self.last_at = time.monotonic()
+        self.changed_at.update(dict.fromkeys(news, self.last_at))
+        self.heard.update(news)  # at once: nobody is seen to have left without the verdict that it gave before

@@ -88,6 +88,8 @@ class Host:
         """Raises `TryLater` for a machine that is lost or gave up, soon after that."""
         self._require_no_end()
         for rank in self.others:
+            # Looked at before its verdict, which a machine that left gave first.
+            left = self.line.heard.get(LEFT.format(self._id(rank)))
             key = VERDICT.format(number, rank)
             if key in self.line.heard:
                 failed = Verdict.parsed(self.line.heard[key]).kind not in (DONE.kind, STOPPED)
@@ -100,7 +102,7 @@ class Host:
                 )
             elif self._id(rank) != self.known[rank]:
                 raise TryLater(f"{named([rank])} was started anew in the middle of training; run again")
-            elif left := self.line.heard.get(LEFT.format(self._id(rank))):
+            elif left:
                 raise TryLater(f"{named([rank])} left: {left.decode()}; run again")
 
     def verdicts(self, number: int, own: Verdict) -> list[Verdict]:
@@ -149,7 +151,7 @@ class Host:
 
     def _wanted(self) -> Iterable[str]:
         for rank in self.others:
-            yield from (MACHINE.format(rank), LEFT.format(self._id(rank)))
+            yield from (MACHINE.format(rank), LEFT.format(self._id(rank)))  # the verdict after this, as above
             if self.number:
                 yield VERDICT.format(self.number, rank)
 
