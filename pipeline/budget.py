@@ -53,10 +53,10 @@ class Mix(NamedTuple):
     types: tuple[str, ...]  # in the order of the roles
 
 
-def least(forecast: Forecast, file: str, max_bytes: int) -> Forecast:
+def least(forecast: Forecast, file: str, max_bytes: int, setting: str = "quantize.max_bytes") -> Forecast:
     """What is certain of `file` before anything is measured: the smallest mix of types, where there is a budget.
 
-    Without one (0) `forecast` itself. Raises `ConfigError` when the smallest is larger than the budget.
+    Without one (0) `forecast` itself. Raises `ConfigError` when the smallest is larger than what `setting` allows.
     """
     if not max_bytes:
         return forecast
@@ -66,7 +66,7 @@ def least(forecast: Forecast, file: str, max_bytes: int) -> Forecast:
         found = f"no mix of types makes {file} smaller than {size:,} bytes"
         if not roles_of(forecast):
             found = f"{file} will have {size:,} bytes and no types to choose"
-        raise ConfigError(f"{found}, but quantize.max_bytes allows {max_bytes:,}; set it to at least {size}")
+        raise ConfigError(f"{found}, but {setting} allows {max_bytes:,}; set it to at least {size}")
     return smallest
 
 

@@ -103,21 +103,22 @@ def check_files(forecasts: Mapping[str, Forecast], cfg: JobConfig) -> None:
             handle_fallbacks(kind, forecast.fallbacks, "error")
         if cfg.sparsity.keep_zeros:
             require_types_with_zeros(kind, forecast)
-        check_size(file, forecast.size_bytes, cfg)
+        check_size(file, forecast, cfg)
 
 
-def check_size(file: str, foretold: int, cfg: JobConfig) -> None:
+def check_size(file: str, forecast: Forecast, cfg: JobConfig) -> None:
     """A file larger than `gate.max_bytes`. With `quantize.max_bytes` its size is chosen later, up to that budget."""
     limit, budget = cfg.gate.max_bytes, cfg.quantize.max_bytes
     if not limit:
         return
+    least(forecast, file, limit, "gate.max_bytes")
     if budget > limit:
         raise ConfigError(
             f"quantize.max_bytes lets {file} have {budget:,} bytes, but gate.max_bytes allows {limit:,}; "
             "set quantize.max_bytes to at most that"
         )
-    if not budget and foretold > limit:
+    if not budget and forecast.size_bytes > limit:
         raise ConfigError(
-            f"{file} will have {foretold:,} bytes, but gate.max_bytes allows {limit:,}; raise it, choose a smaller "
-            f"type in quantize.types, or set quantize.max_bytes to {limit}"
+            f"{file} will have {forecast.size_bytes:,} bytes, but gate.max_bytes allows {limit:,}; raise it, choose a "
+            f"smaller type in quantize.types, or set quantize.max_bytes to {limit}"
         )

@@ -7,9 +7,9 @@ from transformers import LlamaConfig
 from pipeline import preflight as stage
 from pipeline.artifacts import Checkpoint
 from pipeline.errors import ConfigError, ServiceUnavailable
-from pipeline.forecast import forecasts_of
+from pipeline.forecast import Forecast, forecasts_of
 from pipeline.llama_cpp import PROGRAMS
-from pipeline.preflight import check_model, check_positions, check_shape, check_size, preflight
+from pipeline.preflight import check_files, check_model, check_positions, check_shape, preflight
 from pipeline.settings import resolve
 from scripts.make_random_gpt2 import make
 
@@ -116,19 +116,23 @@ def test_a_file_that_will_exceed_its_gate_is_refused_before_training(toy_gpt2, l
 
 
 @pytest.mark.parametrize(
-    ("foretold", "gate", "budget", "sentence"),
+    ("gate", "budget", "sentence"),
     [
-        (71, 70, 0, "will have 71 bytes, but gate.max_bytes allows 70"),
-        (70, 70, 0, None),
-        (71, 0, 0, None),
-        (90, 70, 65, None),
-        (60, 70, 75, "quantize.max_bytes lets toy.gguf have 75 bytes, but gate.max_bytes allows 70"),
+        (28_200, 0, None),
+        (28_199, 0, r"will have 28,200 bytes, but gate\.max_bytes allows 28,199; .* quantize\.max_bytes to 28199$"),
+        (9_416, 9_416, None),
+        (20_000, 20_001, r"quantize\.max_bytes lets .* have 20,001 bytes, but gate\.max_bytes allows 20,000"),
+        (9_415, 0, r"smaller than 9,416 bytes, but gate\.max_bytes allows 9,415; set it to at least 9416$"),
+        (9_415, 9_999, r"smaller than 9,416 bytes, but gate\.max_bytes allows 9,415; set it to at least 9416$"),
     ],
 )
-def test_a_size_that_is_chosen_under_a_budget_is_held_to_the_budget(foretold, gate, budget, sentence, tmp_path):
-    cfg = job(tmp_path, **{"gate.max_bytes": str(gate), "quantize.max_bytes": str(budget)})
+def test_a_size_that_its_gate_refuses_is_refused_before_training(gate, budget, sentence, tmp_path):
+    """100 rows of 256 and 1,000 bytes of other things: 28,200 bytes as they are, 9,416 as Q2_K."""
+    foretold = Forecast(28_200, {"token_embd.weight": "Q8_0"}, (), {"token_embd.weight": (256, 100)})
+    limits = {"gate.max_bytes": str(gate), "quantize.max_bytes": str(budget)}
+    cfg = job(tmp_path, **limits, **{"name": "toy", "quantize.types": "Q8_0"})
     with pytest.raises(ConfigError, match=sentence) if sentence else nullcontext():
-        check_size("toy.gguf", foretold, cfg)
+        check_files({"Q8_0": foretold}, cfg)
 
 
 def test_a_type_that_loses_zeros_that_are_to_be_kept_is_refused_before_training(toy_gpt2, llama_cpp, tmp_path):
