@@ -269,7 +269,7 @@ class Container:
         return self.ended()
 
     def ended(self) -> Container:
-        out, said = self.process.communicate(timeout=1200)
+        out, said = self.process.communicate(timeout=3600)
         self.out += out
         self.said += said
         return self

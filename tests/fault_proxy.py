@@ -70,7 +70,12 @@ class FaultProxy:
         with contextlib.suppress(OSError):
             while True:
                 client, _ = self.listener.accept()
-                connection = Connection(client, socket.create_connection(self.target))
+                try:
+                    server = socket.create_connection(self.target)
+                except OSError:
+                    client.close()
+                    continue
+                connection = Connection(client, server)
                 self.connections.append(connection)
                 for direction in ("up", "down"):
                     threading.Thread(target=self._pump, args=(connection, direction), daemon=True).start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import socket
@@ -97,11 +98,11 @@ class Running:
                 self.said += line
                 self.news.notify_all()
 
-    def wait_for(self, text: str, seconds: float = 240) -> None:
+    def wait_for(self, text: str, seconds: float = 1200) -> None:
         with self.news:
             assert self.news.wait_for(lambda: text in self.said, seconds), f"never said {text!r}:\n{self.said}"
 
-    def code(self, seconds: float = 300) -> int:
+    def code(self, seconds: float = 1800) -> int:
         code = self.process.wait(seconds)
         self.reader.join(10)
         return code
@@ -110,18 +111,20 @@ class Running:
 @contextmanager
 def cluster(count: int) -> Iterator[list[Node]]:
     nodes = [Node(number) for number in range(count)]
-    ip("link", "del", BRIDGE, check=False)
-    ip("link", "add", BRIDGE, "type", "bridge")
-    ip("addr", "add", f"{HERE}/24", "dev", BRIDGE)
-    ip("link", "set", BRIDGE, "up")
-    try:
-        for node in nodes:
-            node.make()
-        yield nodes
-    finally:
-        for node in nodes:
-            node.remove()
+    with Path("/run/lock", BRIDGE).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another test run on this machine has the same addresses
         ip("link", "del", BRIDGE, check=False)
+        ip("link", "add", BRIDGE, "type", "bridge")
+        ip("addr", "add", f"{HERE}/24", "dev", BRIDGE)
+        ip("link", "set", BRIDGE, "up")
+        try:
+            for node in nodes:
+                node.make()
+            yield nodes
+        finally:
+            for node in nodes:
+                node.remove()
+            ip("link", "del", BRIDGE, check=False)
 
 
 def free_port() -> int:

@@ -50,6 +50,7 @@ SMALL = {
     "resume.minutes": 0,  # a checkpoint at a step comes at the same place every time, one after minutes does not
     "resume.steps": 1,
     "lease.seconds": 3600,  # for the same reason: it is renewed within a third of that
+    "grace-seconds": 100,  # on a busy machine too it ends by itself
 }
 
 

@@ -21,6 +21,7 @@ def machine(tmp_path):
 
 
 def test_a_driver_says_what_it_knows_and_which_gpus_there_are(machine, libcuda, monkeypatch):
+    monkeypatch.setattr(cuda_driver, "ANSWER_SECONDS", 60)
     monkeypatch.setenv("CUDA_GPUS", "2")
     monkeypatch.setenv("CUDA_KNOWN", "12040")
     l4, t4 = (Gpu(f"NVIDIA {name}", (8, 9), 24_000_000_000) for name in ("L4", "T4"))
@@ -29,17 +30,18 @@ def test_a_driver_says_what_it_knows_and_which_gpus_there_are(machine, libcuda, 
 
 
 def test_a_driver_that_fails_says_with_which_error(machine, libcuda, monkeypatch):
+    monkeypatch.setattr(cuda_driver, "ANSWER_SECONDS", 60)
     monkeypatch.setenv("CUDA_ERROR", "803")
     found = ask(machine, str(libcuda))
     assert (found.answered, found.error, found.cuda, found.gpus) == (True, 803, (13, 0), ())
 
 
 def test_a_driver_that_hangs_is_not_waited_for(machine, libcuda, monkeypatch):
-    monkeypatch.setenv("CUDA_SECONDS", "3")
+    monkeypatch.setenv("CUDA_SECONDS", "60")
     monkeypatch.setattr(cuda_driver, "ANSWER_SECONDS", 0.1)
     begun = time.monotonic()
     found = ask(machine, str(libcuda))
-    assert time.monotonic() - begun < 2
+    assert time.monotonic() - begun < 30
     assert found.has_library and not found.answered
 
 

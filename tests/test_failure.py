@@ -159,13 +159,13 @@ def altered(store: Store, cfg: JobConfig) -> Path:
 
 def test_a_bucket_that_is_away_hides_no_error(cfg: JobConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "WRITE_SECONDS", 0.2)
-    monkeypatch.setattr(retrying, "BUDGET_SECONDS", 0.1)
     requests = FaultyRequests(Service(), 0)
     monkeypatch.setattr("pipeline.claim.open_store", lambda uri: BucketStore(requests))
     monkeypatch.setattr("pipeline.publish.open_store", lambda uri: BucketStore(requests))
     started = time.monotonic()
     with pytest.raises(DataError, match=r"^the data$"), Claim(cfg) as claim:
         claim.run("run1", "1")
+        monkeypatch.setattr(retrying, "BUDGET_SECONDS", 0.1)
         requests.left = 0
         raise DataError("the data")
     assert time.monotonic() - started < 5

@@ -87,8 +87,8 @@ def test_one_holds_it_and_the_other_is_told_who_and_until_when(store: Store) -> 
 
 def test_the_other_waits_and_gets_it_when_it_is_free(store: Store) -> None:
     first = held(store, 60)
-    threading.Timer(0.3, first.release).start()
     started = time.monotonic()
+    threading.Timer(0.3, first.release).start()
     second = held(store, wait_seconds=30)
     assert 0.2 < time.monotonic() - started < 15
     second.release()
@@ -96,9 +96,9 @@ def test_the_other_waits_and_gets_it_when_it_is_free(store: Store) -> None:
 
 def test_it_is_renewed_for_as_long_as_it_is_held(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     far_away(monkeypatch)
-    first = held(store, 1.5)
+    first = held(store, 3)
     with pytest.raises(TryLater):
-        held(store, wait_seconds=3.5)
+        held(store, wait_seconds=7)
     first.confirm()
     assert first.is_held and json.loads(store.read(NAME))["renewal"] > 3
     first.release()
@@ -106,11 +106,11 @@ def test_it_is_renewed_for_as_long_as_it_is_held(store: Store, monkeypatch: pyte
 
 def test_a_dead_holders_lease_expires_for_one_that_waits(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     far_away(monkeypatch)
-    first = held(store)
+    first = held(store, 3)
     died(first)
     with pytest.raises(TryLater):
         held(store)
-    second = held(store, wait_seconds=30)
+    second = held(store, 3, wait_seconds=30)
     first._ended.clear()  # it had only been asleep
     with pytest.raises(TryLater, match="taken over by"):
         first.confirm()
@@ -153,11 +153,11 @@ def test_a_clock_that_is_wrong_by_weeks_takes_nothing_from_a_living_holder(
     local: Store, hours: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     far_away(monkeypatch)
-    first, parsed = held(local), Holder.parsed
+    first, parsed = held(local, 3), Holder.parsed
     with monkeypatch.context() as patch:
         shift = 3600 * hours
         patch.setattr(Holder, "parsed", lambda *of: replace(parsed(*of), until=parsed(*of).until + shift))
-        end = threading.Timer(5, first.release)
+        end = threading.Timer(30, first.release)
         end.start()
         with pytest.raises(TryLater):
             held(local)
@@ -293,11 +293,12 @@ def test_what_a_lease_says_of_its_holder_cannot_break_a_message(local: Store) ->
 def test_a_bucket_that_is_away_for_longer_than_a_lease_lasts_is_survived_if_nobody_took_over(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(retrying, "BUDGET_SECONDS", 0.05)
+    monkeypatch.setattr(retrying, "BUDGET_SECONDS", 6.0)
+    monkeypatch.setattr(retrying, "FIRST_PAUSE_SECONDS", 1000.0)  # one try
     requests = FaultyRequests(Service(), 0)
-    first = held(BucketStore(requests), 0.3)
+    first = held(BucketStore(requests), 1)
     requests.left = 0
-    time.sleep(0.5)
+    time.sleep(1.5)
     assert not first.is_held
     with pytest.raises(ServiceUnavailable):
         first.confirm()

@@ -167,11 +167,13 @@ def test_repeats_are_penalized(gguf, llama_cpp):
 
 @pytest.mark.slow
 def test_the_program_on_the_model_card_writes_the_same(standin, llama_cpp, tmp_path):
+    """Asked for more words than are compared: its logger may drop the last 511 when the program ends."""
     file = export(*inputs(standin, tmp_path), ExportConfig(), tools=llama_cpp, name="s", out=tmp_path)
     found = engine.generate(llama_cpp, file.path, "I think", seed=1, max_new_tokens=12, **GREEDY)
-    command = [llama_cpp.program("llama-completion"), "-m", file.path, "-p", "I think", "-n", "12", "--temp", "0"]
-    text = child.run([*command, "-no-cnv", "--no-display-prompt"]).stdout
-    assert text.removesuffix("\n\n").removesuffix(" [end of text]\n") == found.text
+    assert not found.stopped
+    command = [llama_cpp.program("llama-completion"), "-m", file.path, "-p", "I think", "-n", "700", "--temp", "0"]
+    text = child.run([*command, "--ignore-eos", "-no-cnv", "--no-display-prompt"]).stdout
+    assert len(found.text) > 20 and text.startswith(found.text)
 
 
 @pytest.mark.slow

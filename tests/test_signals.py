@@ -30,7 +30,7 @@ HEAD = """
 import hashlib, os, signal, subprocess, sys, threading, time
 from pipeline import child, groups, signals
 signals.handle()
-signals.state.grace_seconds = 0.8
+signals.state.grace_seconds = 20
 say = lambda text: print(text, flush=True)
 """
 
@@ -59,10 +59,20 @@ def stopped(process, *numbers, says="ready"):
     begun = time.monotonic()
     for number in numbers:
         process.send_signal(number)
+        while process.poll() is None and is_pending(process.pid, number):  # two of a kind that wait become one
+            time.sleep(0.01)
         time.sleep(0.1)
     said = process.communicate(timeout=30)
     return process.returncode, *said, time.monotonic() - begun
 
+
+def is_pending(pid, number):
+    masks = re.findall(r"S(?:ig|hd)Pnd:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+    return any(int(mask, 16) >> (number - 1) & 1 for mask in masks)
+
+
+SOON = 0.8  # seconds of grace for what does not end by itself
+HASTY = f"signals.state.grace_seconds = {SOON}\n"
 
 UNWINDS = """
 def work():
@@ -125,7 +135,6 @@ def test_an_error_that_a_signal_became_on_its_way_is_still_the_signal(number, co
 
 
 STARTS = """
-signals.state.grace_seconds = 20  # a cold disk can take long to find `ps`
 def work():
     with signals.unwinding():
         end = time.monotonic() + 60
@@ -160,7 +169,7 @@ def test_what_must_not_be_torn_is_finished_first(script):
 def work():
     with signals.unwinding():
         with signals.untorn():
-            say("ready"); end = time.monotonic() + 0.4
+            say("ready"); end = time.monotonic() + 2
             while time.monotonic() < end: pass
             say("whole")
         say("too far")
@@ -186,7 +195,7 @@ signals.leave(entrypoint.exit_code_of(work))
 """
 SAVES = {
     "where it can": "while not signals.is_stopping(): time.sleep(0.01)\n                say('saved'); signals.stop()",
-    "by being done": "time.sleep(0.4); say('saved')",
+    "by being done": "time.sleep(2); say('saved')",
 }
 
 
@@ -221,11 +230,11 @@ def test_a_second_signal_ends_patient_work_at_once(script):
 
 def test_other_signals_do_not_put_off_the_end():
     reader, writer = os.pipe()
-    for after in (0.1, 0.2, 0.3, 0.4):
+    for after in (0.4, 0.8, 1.2):
         threading.Timer(after, os.write, (writer, bytes([signal.SIGALRM]))).start()
     begun = time.monotonic()
-    assert signals.next_stop(reader, 0.3) is None
-    assert time.monotonic() - begun < 0.39
+    assert signals.next_stop(reader, 1) is None
+    assert time.monotonic() - begun < 1.7
     os.write(writer, bytes([signal.SIGALRM, signal.SIGTERM]))
     assert signals.next_stop(reader, 5) == signal.SIGTERM
 
@@ -241,10 +250,10 @@ HANGS = {
 @pytest.mark.parametrize(("number", "code"), STOPS)
 @FAULT
 def test_whatever_hangs_the_process_ends_within_its_grace_period(number, code, where, script):
-    hangs = f"signals.state.unwinds = True\nsay('ready')\n{HANGS[where]}"
+    hangs = f"{HASTY}signals.state.unwinds = True\nsay('ready')\n{HANGS[where]}"
     returned, _, err, seconds = stopped(script(hangs), number)
     assert returned == code and number.name in err
-    assert 0.6 < seconds < 0.8 + 3  # a busy machine
+    assert 0.6 < seconds < SOON + 3  # a busy machine
 
 
 @FAULT
@@ -260,8 +269,10 @@ def test_an_end_without_unwinding_still_says_why_where_the_platform_looks(number
     note = tmp_path / "termination-log"
     note.write_text("older and longer than the sentence that follows, " * 9)
     hangs = f"from pathlib import Path\nsignals.state.note = Path({str(note)!r})\n{HANGS['in one long call']}"
-    returned, _, err, seconds = stopped(script("signals.state.unwinds = True\nsay('ready')\n" + hangs), *numbers)
-    assert returned == 143 and seconds < 0.8 + 3
+    returned, _, err, seconds = stopped(
+        script(HASTY + "signals.state.unwinds = True\nsay('ready')\n" + hangs), *numbers
+    )
+    assert returned == 143 and seconds < SOON + 3
     assert note.read_text() == err == f"{signals.sentence(signal.SIGTERM)}\n"
 
 
@@ -269,7 +280,7 @@ def test_an_end_without_unwinding_still_says_why_where_the_platform_looks(number
 def test_a_note_that_cannot_be_written_and_a_log_that_nobody_reads_do_not_hold_the_end_up(script, tmp_path):
     full = "import fcntl\nfcntl.fcntl(2, 1031, 4096)  # F_SETPIPE_SZ\nos.write(2, bytes(4096))\n"
     hangs = f"from pathlib import Path\nsignals.state.note = Path({str(tmp_path)!r})\n{HANGS['in cleaning up']}"
-    process = script(full + "signals.state.unwinds = True\nsay('ready')\n" + hangs)
+    process = script(HASTY + full + "signals.state.unwinds = True\nsay('ready')\n" + hangs)
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == 143
@@ -288,7 +299,7 @@ def test_a_signal_after_the_end_does_not_change_the_code(script):
     late = "threading.Thread(target=time.sleep, args=(60,)).start()\nsay('ready')\nsignals.leave(3)"
     process = script(late)
     assert process.stdout.readline() == "ready\n"
-    time.sleep(0.2)
+    time.sleep(1)
     process.terminate()
     process.communicate(timeout=10)
     assert process.returncode == 3
@@ -331,7 +342,7 @@ needs_pgrep = pytest.mark.skipif(
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 @FAULT
 def test_children_and_what_they_started_die_with_the_process(number, hang, script):
-    process = script(FAMILY.replace("HANG", hang))
+    process = script(HASTY + FAMILY.replace("HANG", hang))
     group = int(process.stdout.readline())
     stopped(process, number)
     (left,) = [set(members(group))]
@@ -398,7 +409,7 @@ def command_line(*arguments, after=0.0):
     """The command line, and a signal `after` seconds from when it handles signals; its end."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen([sys.executable, ROOT / "entrypoint.py", *arguments], text=True, **pipes)
-    while not handles(process.pid, signal.SIGTERM):
+    while not handles(process.pid, signal.SIGHUP):  # the last that it sets
         assert process.poll() is None
         time.sleep(0.001)
     time.sleep(after)
@@ -418,11 +429,14 @@ def test_at_any_moment_of_a_short_command_a_signal_ends_it_or_finds_it_done(numb
 
 
 def test_signals_are_handled_before_the_imports_that_take_time():
-    begun = time.monotonic()
-    process = command_line("config")
-    handled = time.monotonic() - begun
-    process.communicate(timeout=30)
-    assert handled < 0.7 * (time.monotonic() - begun)
+    shares = []
+    for _ in range(3):  # a stall of the machine is no import
+        begun = time.monotonic()
+        process = command_line("config")
+        handled = time.monotonic() - begun
+        process.communicate(timeout=30)
+        shares.append(handled / (time.monotonic() - begun))
+    assert min(shares) < 0.7
 
 
 @pytest.mark.parametrize(("number", "after"), [(signal.SIGTERM, 0.6), (signal.SIGINT, 1.2), (signal.SIGTERM, 2.0)])
@@ -433,7 +447,7 @@ def test_a_signal_while_torch_is_imported_ends_it_at_once(number, after, tmp_pat
     process.send_signal(number)
     _, said = process.communicate(timeout=30)
     assert process.returncode in (128 + number, 78) and "Traceback" not in said, said
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 25
 
 
 def start(toy_gpt2, folder, *more):
@@ -475,18 +489,19 @@ def test_a_stopped_run_says_so_leaves_nothing_behind_and_goes_on_later(
 
     write_bucket(f"{tmp_path}/bucket/in", QUOTES, tmp_path)
     steps = ["--train.max-steps", "20" if stage == "finetune" else "2"]  # some are left however late the signal is
+    steps += ["--quantize.encoder", "llama.cpp", "--calibration.max-tokens", "2000"]
     job = start(toy_gpt2, tmp_path, *steps, "--grace-seconds", "100")  # a step can take long beside other tests
     wait_for(job, f"{stage}: started")
     children = tools_of(job) if stage != "finetune" else []
     os.kill(job.pid, number)
-    _, said = job.communicate(timeout=120)
+    _, said = job.communicate(timeout=600)
     assert job.returncode == code, said
     assert "the same command goes on" in said and "Traceback" not in said
     assert not [child for child in children if child.is_running()]
     assert not [path for path in (tmp_path / "bucket" / "out").rglob("*") if path.is_file()]
 
     again = start(toy_gpt2, tmp_path, *steps)
-    _, said = again.communicate(timeout=300)
+    _, said = again.communicate(timeout=1800)
     assert again.returncode == 0, said
     assert "tokenize: already done" in said
     assert ("finetune: goes on from its checkpoint at step" in said) == (stage == "finetune")

@@ -94,7 +94,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Handler]]:
     account = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_DEFAULT_REGION": "us-east-1"}
     for name, value in {"STORAGE_EMULATOR_HOST": address, "AWS_ENDPOINT_URL": address, **account}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(retrying, "BUDGET_SECONDS", 3.0)
+    monkeypatch.setattr(retrying, "BUDGET_SECONDS", 30.0)
     monkeypatch.setattr(retrying, "FIRST_PAUSE_SECONDS", 1000.0)  # so that there is one try
     yield Mine
     listening.shutdown()
@@ -201,7 +201,7 @@ def test_credentials_that_cannot_be_read_are_a_wrong_setting(
         file.write_bytes(content)
     monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(file))
-    monkeypatch.setattr(retrying, "BUDGET_SECONDS", 3.0)
+    monkeypatch.setattr(retrying, "BUDGET_SECONDS", 30.0)
     with pytest.raises(ConfigError, match="credentials"):
         open_store("gs://bucket/p").stat("x")
 

@@ -44,13 +44,13 @@ def test_a_dead_endpoint_is_unavailable_within_the_budget(s3_bucket_uri: str, mo
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free.getsockname()[1]}")
-    monkeypatch.setattr(retrying, "BUDGET_SECONDS", 1.0)
-    store = open_store("s3://bucket/x")
-    for act in (store.probe, lambda: store.stat("x"), lambda: store.read("x"), lambda: list(store.list(""))):
-        started = time.monotonic()
-        with pytest.raises(errors.ServiceUnavailable, match="Could not connect"):
-            act()
-        assert time.monotonic() - started < 2
+        monkeypatch.setattr(retrying, "BUDGET_SECONDS", 5.0)
+        store = open_store("s3://bucket/x")
+        for act in (store.probe, lambda: store.stat("x"), lambda: store.read("x"), lambda: list(store.list(""))):
+            started = time.monotonic()
+            with pytest.raises(errors.ServiceUnavailable, match="Could not connect"):
+                act()
+            assert time.monotonic() - started < 10
 
 
 def test_an_unusable_endpoint_is_a_wrong_setting(s3_bucket_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,7 +71,7 @@ def test_two_processes_train_to_the_result_of_one(base, tokens, tmp_path, method
     one = tune(base, tokens, tmp_path / "one", **settings)
     two = tune(base, tokens, tmp_path / "two", 2, **settings)
     for ours, theirs in zip(predictions(one), predictions(two), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-3)
     assert two.facts["processes"] == 2 and two.facts["accumulation"] * 2 == one.facts["accumulation"] == 2
     for figure in ("steps", "epochs", "best_step", "trainable_parameters"):
         assert one.facts[figure] == two.facts[figure]
@@ -105,7 +105,7 @@ def test_a_killed_process_ends_the_attempt_and_the_next_goes_on(base, tokens, tm
     kept = Checkpoints(tmp_path / "kept", cfg)
     threading.Thread(target=kill_a_process, args=(tmp_path / "out", kept.folder), daemon=True).start()
     with pytest.raises(MachineError, match="ended without a word"):
-        tune(base, tokens, tmp_path / "out", 2, kept, max_steps=100_000)
+        tune(base, tokens, tmp_path / "out", 2, kept, max_steps=5_000)
     assert not processes_below(tmp_path)
     resumed_at = int(kept.newest().name.removeprefix("step-"))
     again = tune(base, tokens, tmp_path / "out", 2, Checkpoints(kept.folder, cfg), max_steps=resumed_at + 2)
@@ -124,7 +124,7 @@ def test_a_signal_has_all_processes_save_and_end(base, tokens, tmp_path, monkeyp
 
     threading.Thread(target=when_it_trains, daemon=True).start()
     with pytest.raises(signals.Stopped):
-        tune(base, tokens, tmp_path / "out", 2, kept, max_steps=100_000)
+        tune(base, tokens, tmp_path / "out", 2, kept, max_steps=5_000)
     assert kept.newest() and not processes_below(tmp_path)
 
 
@@ -190,10 +190,13 @@ def test_one_gpu_has_nothing_to_shard_over():
 def kill_a_process(out, kept):
     """The second one, once there is a checkpoint."""
     wait_for(lambda: list(kept.glob("step-*")))
-    found = [
-        pid for pid in processes_below(out.parent) if (told_by(psutil.Process(pid).environ) or {}).get("RANK") == "1"
-    ]
+    found = []
+    wait_for(lambda: found.extend(pid for pid in processes_below(out.parent) if rank_of(pid) == "1") or found)
     os.kill(found[0], signal.SIGKILL)
+
+
+def rank_of(pid):
+    return (told_by(lambda: psutil.Process(pid).environ()) or {}).get("RANK")
 
 
 def processes_below(folder):
@@ -209,7 +212,7 @@ def told_by(ask):
         return None
 
 
-def wait_for(there, seconds=120):
+def wait_for(there, seconds=1200):
     end = time.monotonic() + seconds
     while not there() and time.monotonic() < end:
         time.sleep(0.05)

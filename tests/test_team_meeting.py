@@ -18,7 +18,7 @@ KILLED = Verdict("MachineError", "killed")
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(line, "BEAT_SECONDS", 0.05)
-    for name, seconds in {"PATIENCE": 0.01, "LAST_WORD": 1.0, "CAUSE": 0.5, "CONNECT": 0.5}.items():
+    for name, seconds in {"PATIENCE": 0.01, "LAST_WORD": 1.0, "CAUSE": 0.5}.items():
         monkeypatch.setattr(module, f"{name}_SECONDS", seconds)
 
 
@@ -29,7 +29,7 @@ def port():
 
 
 def nodes(port, rank=0, **changes):
-    return NodesConfig(**{"count": 2, "rank": rank, "port": port, "wait_seconds": 5, "lost_seconds": 3, **changes})
+    return NodesConfig(**{"count": 2, "rank": rank, "port": port, "wait_seconds": 60, "lost_seconds": 3, **changes})
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def both(port):
     host.line.close()
 
 
-def soon(there, seconds=5):
+def soon(there, seconds=60):
     end = time.monotonic() + seconds
     while not there():
         assert time.monotonic() < end
@@ -91,7 +91,7 @@ def test_a_guest_that_comes_when_all_is_done_hears_of_it(port):
     guest = Guest(nodes(port, 1))
     assert guest.next_order() is None
     guest.leave("it is done")
-    ending.join(5)
+    ending.join(60)
     assert not ending.is_alive()
 
 
@@ -110,7 +110,8 @@ def test_a_guest_ends_as_the_job_does(both, verdict, error):
     guest.leave("done")
 
 
-def test_a_host_at_its_end_waits_no_longer_than_guests_need(both):
+def test_a_host_at_its_end_waits_no_longer_than_guests_need(both, monkeypatch):
+    monkeypatch.setattr(module, "LAST_WORD_SECONDS", 60.0)
     host, guest = both
     threading.Thread(target=lambda: (guest.next_order(), guest.leave("done"))).start()
     begun = time.monotonic()
@@ -125,7 +126,8 @@ def test_a_guest_that_never_comes_is_waited_for_only_so_long(port):
     host.line.close()
 
 
-def test_a_host_that_never_comes_is_waited_for_only_so_long(port):
+def test_a_host_that_never_comes_is_waited_for_only_so_long(port, monkeypatch):
+    monkeypatch.setattr(module, "CONNECT_SECONDS", 0.5)
     with pytest.raises(TryLater, match=f"did not answer at localhost:{port} within 1 s"):
         Guest(nodes(port, 1, wait_seconds=1))
 
@@ -134,7 +136,9 @@ def test_a_guest_that_falls_silent_is_lost(both):
     host, guest = both
     number = host.order("the lesson", 1).number
     host.require_all_at_work(number)
-    guest.line.close()
+    for each in (guest, host):
+        each.line.close()
+        each.line.join()
     host.line.changed_at["machine/1"] -= 4
     with pytest.raises(TryLater, match="machine 2 said nothing for 3 s"):
         host.require_all_at_work(number)

@@ -19,15 +19,15 @@ def test_one_of_two_starts_works_and_when_it_is_killed_another_goes_on(toy_gpt2,
 
     elsewhere = start(toy_gpt2, tmp_path, "--work-dir", f"{tmp_path}/elsewhere")
     same_folder = start(toy_gpt2, tmp_path)
-    _, said = elsewhere.communicate(timeout=100)
+    _, said = elsewhere.communicate(timeout=900)
     assert elsewhere.returncode == 75 and f"is being done by process {first.pid} on" in said
-    _, said = same_folder.communicate(timeout=100)
+    _, said = same_folder.communicate(timeout=900)
     assert same_folder.returncode == 75 and f"is in use by process {first.pid} on" in said
 
     first.kill()
     first.communicate()
     next_one = start(toy_gpt2, tmp_path)
-    _, said = next_one.communicate(timeout=200)
+    _, said = next_one.communicate(timeout=1800)
     assert next_one.returncode == 0 and "is taken over from process" in said, said
     assert verify(f"{tmp_path}/bucket/out")
     left = {path.name for path in tmp_path.rglob("*")}
