@@ -177,10 +177,23 @@ def llama_cpp() -> LlamaCpp:
 
 
 @pytest.fixture(scope="session")
-def small_model(llama_cpp: LlamaCpp, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Settings of a job on the smallest model; with them it takes seconds, on GPT-2's vocabulary minutes."""
-    from tests import small_gpt2
+def small_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The smallest GPT-2, of 258 tokens: for what takes seconds with it, and minutes with GPT-2's vocabulary."""
+    from tests.small_gpt2 import make_model
 
-    folder = tmp_path_factory.mktemp("small")
-    tools, model = small_gpt2.make_tools(llama_cpp, folder / "tools"), small_gpt2.make_model(folder / "model")
-    return {"llama_cpp": str(tools), "model.base": str(model), "tokens.max_length": "32"}
+    return make_model(tmp_path_factory.mktemp("small") / "model")
+
+
+@pytest.fixture(scope="session")
+def small_tools(llama_cpp: LlamaCpp, tmp_path_factory: pytest.TempPathFactory) -> LlamaCpp:
+    """The compiled tools with a converter for `small_base`."""
+    from pipeline import llama_cpp as engine
+    from tests.small_gpt2 import make_tools
+
+    return engine.find(str(make_tools(llama_cpp, tmp_path_factory.mktemp("small") / "tools")))
+
+
+@pytest.fixture(scope="session")
+def small_model(small_base: Path, small_tools: LlamaCpp) -> dict[str, str]:
+    """Settings of a job on the smallest model."""
+    return {"llama_cpp": str(small_tools.root), "model.base": str(small_base), "tokens.max_length": "32"}

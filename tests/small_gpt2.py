@@ -16,13 +16,13 @@ from pipeline.llama_cpp import CONVERTER, LlamaCpp
 END = "<|endoftext|>"
 
 
-def make_model(out: Path) -> Path:
+def make_model(out: Path, width: int = 256) -> Path:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=byte_tokenizer(), bos_token=END, eos_token=END, add_prefix_space=False
     )
     torch.manual_seed(0)
     config = GPT2Config(
-        vocab_size=len(tokenizer), n_layer=1, n_embd=256, n_head=4, n_positions=64,
+        vocab_size=len(tokenizer), n_layer=1, n_embd=width, n_head=4, n_positions=64,
         bos_token_id=len(tokenizer) - 1, eos_token_id=len(tokenizer) - 1,
     )  # fmt: skip
     out.mkdir(parents=True)

@@ -64,7 +64,9 @@ def test_types_and_size_are_foretold_to_the_byte(f16, llama_cpp, tmp_path, kind,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("importance", [False, True])
-def test_every_type_of_the_table_is_made_as_foretold(f16, llama_cpp, tmp_path, importance):
+def test_every_type_of_the_table_is_made_as_foretold(small_base, small_tools, llama_cpp, tmp_path, importance):
+    convert(small_base, small_tools, "toy", tmp_path / "toy-F16.gguf")
+    f16 = GgufContents(tmp_path / "toy-F16.gguf")
     for kind in (kind for kind, row in QUANT_TYPES.items() if importance or not row.needs_importance):
         if kind != "F16":
             forecast = foretell(f16, kind, llama_cpp, Choice(importance))

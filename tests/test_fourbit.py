@@ -37,10 +37,5 @@ def test_a_model_with_nothing_packed_is_an_error(toy_gpt2, monkeypatch):
         load_nf4(toy_gpt2, "cpu")
 
 
-@pytest.mark.slow
-def test_a_llama_is_packed_too(smollm_gguf, tmp_path):
-    from pipeline.gguf_model import model_from_gguf
-
-    model, _ = model_from_gguf(smollm_gguf)
-    model.save_pretrained(tmp_path)
-    assert nf4_facts(load_nf4(tmp_path, "cpu"))["matrices"] == 30 * 7
+def test_a_llama_is_packed_too(wide_llama):
+    assert nf4_facts(load_nf4(wide_llama, "cpu"))["matrices"] == 2 * 7

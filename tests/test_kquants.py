@@ -133,12 +133,12 @@ def test_the_zero_code_is_exactly_zero_in_the_symmetric_types():
 
 
 @pytest.fixture(scope="module")
-def stock(toy_gpt2, llama_cpp, tmp_path_factory):
+def stock(small_base, small_tools, tmp_path_factory):
     """A toy model as F16 and as llama-quantize's Q2_K, whose tensors are of all three types."""
     folder = tmp_path_factory.mktemp("stock")
     f16, q2_k = folder / "f16.gguf", folder / "q2_k.gguf"
-    convert(toy_gpt2, llama_cpp, "toy", f16)
-    child.run([llama_cpp.program("llama-quantize"), f16, q2_k, "Q2_K", "1"])
+    convert(small_base, small_tools, "toy", f16)
+    child.run([small_tools.program("llama-quantize"), f16, q2_k, "Q2_K", "1"])
     return f16, q2_k
 
 

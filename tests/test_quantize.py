@@ -23,9 +23,10 @@ from pipeline.quant_types import check_types
 from pipeline.quantize import quantize
 from scripts.make_random_gpt2 import make
 from tests.calibrated import calibration_in
+from tests.small_gpt2 import make_model
 from tests.test_recover import half_zero
 
-SEQUENCES = [[50256, *range(n, n + 12), 50256] for n in range(100, 2000, 60)]
+SEQUENCES = [[257, *range(n, n + 12), 257] for n in range(0, 240, 8)]
 STOCK = QuantizeConfig(encoder="llama.cpp")
 
 
@@ -44,25 +45,25 @@ def run(model, tools, out, cfg, keep_zeros=False, tuned=None):
 
 
 @pytest.fixture(scope="module")
-def toy(toy_gpt2, llama_cpp, tmp_path_factory):
+def toy(small_base, small_tools, tmp_path_factory):
     """Half zero, and with block matrices so large that rounding them shows in the predictions."""
     folder = tmp_path_factory.mktemp("toy")
-    model = AutoModelForCausalLM.from_pretrained(toy_gpt2, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(small_base, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".h." in name and parameter.ndim > 1:
                 parameter.mul_(4)
     model.save_pretrained(folder / "tuned")
     half_zero(model).save_pretrained(folder / "model")
-    Checkpoint(toy_gpt2, "").copy_tokenizer(folder / "model")
-    return given(folder / "model", llama_cpp, folder)
+    Checkpoint(small_base, "").copy_tokenizer(folder / "model")
+    return given(folder / "model", small_tools, folder)
 
 
 @pytest.fixture(scope="module")
-def narrow(gpt2_vocab, llama_cpp, tmp_path_factory):
+def narrow(small_tools, tmp_path_factory):
     """Like SmolLM2: rows of 192 weights are no multiple of 256, those of ffn_down are."""
     folder = tmp_path_factory.mktemp("narrow")
-    return given(make(folder / "model", gpt2_vocab, layers=1, width=192, heads=4), llama_cpp, folder)
+    return given(make_model(folder / "model", width=192), small_tools, folder)
 
 
 @pytest.fixture(scope="module")
@@ -80,15 +81,15 @@ def theirs(toy, llama_cpp, tmp_path_factory):
 def test_q2_k_is_the_mixture_that_it_is_without_fallback(ours):
     assert ours.path.name == "toy-Q2_K.gguf"
     assert ours.facts["matrix_types"] == {
-        "attn_output": {"Q3_K": 2},
-        "attn_qkv": {"Q3_K": 2},
-        "ffn_down": {"Q3_K": 2},
-        "ffn_up": {"Q2_K": 2},
+        "attn_output": {"Q3_K": 1},
+        "attn_qkv": {"Q3_K": 1},
+        "ffn_down": {"Q3_K": 1},
+        "ffn_up": {"Q2_K": 1},
         "position_embd": {"F32": 1},
         "token_embd": {"Q6_K": 1},
     }
     assert ours.facts["fallbacks"] == [] and ours.facts["encoder"] == "gptq"
-    assert ours.facts["encoded_tensors"] == 9 and ours.facts["importance"] is True
+    assert ours.facts["encoded_tensors"] == 5 and ours.facts["importance"] is True
     assert ours.size_bytes == ours.path.stat().st_size == ours.facts["predicted_bytes"]
     assert ours.sha256 == sha256_of(ours.path)
 
@@ -116,14 +117,14 @@ def test_our_file_predicts_more_like_the_model_than_llama_quantizes(ours, theirs
 def test_types_without_zeros_are_rounded_from_the_tuned_weights_and_come_nearer_to_them(ours, toy, llama_cpp, tmp_path):
     tuned = Checkpoint(toy.model.path.parent / "tuned", "")
     file = run(toy, llama_cpp, tmp_path, QuantizeConfig(), tuned=tuned)[0]
-    assert file.facts["unpruned_tensors"] == 2 and file.size_bytes == ours.size_bytes
+    assert file.facts["unpruned_tensors"] == 1 and file.size_bytes == ours.size_bytes
     assert abs(file.facts["zeros"] - ours.facts["zeros"]) < 0.05
     whole, rounded = (AutoModelForCausalLM.from_pretrained(tuned.path, dtype=torch.float32).eval() for _ in range(2))
     costs = []
     for each in (file, ours):
         load_weights(rounded, each.path)
         costs.append(validate(rounded, whole, SEQUENCES, Recipe(1, 256, 1e-4, 1, "fp32", 0)))
-    assert costs[0] < 0.9 * costs[1]
+    assert costs[0] < 0.97 * costs[1]  # one of four matrices
 
 
 def test_pruned_weights_stay_zero_in_symmetric_types_and_are_counted(ours):
@@ -162,7 +163,7 @@ def test_the_file_does_not_tell_where_it_was_made(ours, toy):
     assert found == {
         "quantize.imatrix.file": IMATRIX,
         "quantize.imatrix.dataset": "calibration.jsonl",
-        "quantize.imatrix.entries_count": 9,
+        "quantize.imatrix.entries_count": 5,
         "quantize.imatrix.chunks_count": found["quantize.imatrix.chunks_count"],
     }
     header = ours.path.read_bytes()[: contents.header_bytes]
@@ -233,8 +234,8 @@ def test_a_fallback_is_refused_before_anything_is_written_if_asked(narrow, llama
 
 def test_a_small_disk_is_refused_before_anything_is_written(toy, llama_cpp, tmp_path, monkeypatch):
     usage = stage.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(stage.shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
-    with pytest.raises(MachineError, match=r"need \d+\.\d MB, but the disk .* has 1\.0 MB left"):
+    monkeypatch.setattr(stage.shutil, "disk_usage", lambda path: usage._replace(free=100_000))
+    with pytest.raises(MachineError, match=r"need \d+\.\d MB, but the disk .* has 0\.1 MB left"):
         run(toy, llama_cpp, tmp_path, QuantizeConfig())
     assert list(tmp_path.iterdir()) == []
 
@@ -242,10 +243,10 @@ def test_a_small_disk_is_refused_before_anything_is_written(toy, llama_cpp, tmp_
 def test_a_file_that_is_not_what_was_foretold_is_refused(toy, llama_cpp, tmp_path, monkeypatch):
     def otherwise(*args):
         forecast = foretell(*args)
-        return Forecast(forecast.size_bytes, forecast.types | {"blk.1.ffn_up.weight": "Q3_K"}, forecast.fallbacks)
+        return Forecast(forecast.size_bytes, forecast.types | {"blk.0.ffn_up.weight": "Q3_K"}, forecast.fallbacks)
 
     monkeypatch.setattr(stage, "foretell", otherwise)
-    with pytest.raises(CheckFailed, match=r"blk\.1\.ffn_up\.weight is Q2_K, foretold was Q3_K"):
+    with pytest.raises(CheckFailed, match=r"blk\.0\.ffn_up\.weight is Q2_K, foretold was Q3_K"):
         run(toy, llama_cpp, tmp_path, STOCK)
 
 

@@ -14,7 +14,7 @@ def test_one_command_ends_with_the_ledger_three_quotes_and_the_files(toy_gpt2, l
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("QUOTESMITH_", "VIRTUAL_ENV"))}
     command = ["scripts/run_local.sh", "--train.max-steps", "1", "--evaluate.max-new-tokens", "8"]
     command += ["--calibration.generated", "8", "--calibration.max-tokens", "2000", "--evaluate.max-quotes", "20"]
-    command += ["--recover.steps", "1", "--finish.steps", "1"]
+    command += ["--recover.steps", "1", "--finish.steps", "1", "--quantize.encoder", "llama.cpp"]
     command += ["--work-dir", str(tmp_path / "work"), "--output", str(tmp_path / "out")]
     done = subprocess.run(command, cwd=ROOT, env={**clean, "BASE_MODEL": str(toy_gpt2)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
