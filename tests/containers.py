@@ -151,16 +151,17 @@ def is_held(key: str) -> bool:
 
 def remove_older(base: str, steps: set[str]) -> None:
     """All images but those that a process holds, their base and the `steps` of the build that has just ended, which the
-    next one finds again."""
+    next one finds again. With --no-prune: an image takes no step with it that it was made from."""
     podman("container", "prune", "--force", "--filter", "until=1h")  # of tests that were killed
     subprocess.run(["buildah", "rm", "--all"], env=os.environ | settings(), capture_output=True)  # and of builds
     for name in [name for each in images() for name in each.get("Names") or ()]:
         key = re.match(f"{re.escape(IMAGE)}([0-9a-f]{{16}})", name)
         if name != base and not (key and is_held(key[1])):
-            podman("rmi", name)
-    for each in images():
-        if not each.get("Names") and each["Id"][:11] not in steps:
-            podman("rmi", each["Id"])  # refused while another is made of it, and then removed with the last of those
+            podman("rmi", "--no-prune", name)
+    gone = True
+    while gone:  # an image is refused while another is made of it
+        spare = [each["Id"] for each in images() if not each.get("Names") and each["Id"][:11] not in steps]
+        gone = 0 in [podman("rmi", "--no-prune", identity).returncode for identity in spare]
 
 
 def images() -> list[dict[str, Any]]:
