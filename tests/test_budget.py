@@ -130,12 +130,12 @@ def f16(small_base, small_tools, tmp_path_factory):
     return f16_of(small_base, small_tools, tmp_path_factory.mktemp("f16"))
 
 
-def quantized(f16, checkpoint, tools, out, *, keep_zeros=False, sequences=SEQUENCES, **settings):
-    calibration = calibration_in(out, sequences)
+def quantized(f16, checkpoint, tools, out, **settings):
+    calibration = calibration_in(out, SEQUENCES)
     model = Checkpoint(checkpoint, "0" * 64)
     cfg = QuantizeConfig(**settings)
     return quantize(
-        f16, model, model, calibration, cfg, keep_zeros=keep_zeros, tools=tools, device="cpu", name="toy", out=out
+        f16, model, model, calibration, cfg, keep_zeros=False, tools=tools, device="cpu", name="toy", out=out
     ).files
 
 

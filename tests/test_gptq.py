@@ -119,7 +119,7 @@ def test_rows_encoded_a_few_at_a_time_are_the_same_rows(kind, monkeypatch):
     whole = encode(weight, factor, kind, kept=weight != 0)
     monkeypatch.setattr(gptq, "ROWS", 7)
     parts = encode(weight, factor, kind, kept=weight != 0)
-    assert (parts.codes != whole.codes).any(1).sum() <= 6
+    assert (parts.codes != whole.codes).any(1).sum() <= 3
     costs = [cost(found.dequantize() - weight, gram.mean) for found in (whole, parts)]
     assert costs[1] == pytest.approx(costs[0], rel=0.02)
 

@@ -1,5 +1,3 @@
-import itertools
-
 import pytest
 import torch
 
@@ -71,8 +69,7 @@ def test_groups_are_moved_only_to_something_better_and_until_nothing_near_is(kin
     for _ in range(12):
         found = regroup(found, weight[:3], hessian, None)
         errors.append(error(found, weight[:3], hessian))
-    assert all(later <= earlier * (1 + 1e-6) for earlier, later in itertools.pairwise(errors))
-    assert errors[-1] < 0.98 * errors[0]
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 0.98 * errors[0]
     assert errors[-1] == pytest.approx(errors[-2], rel=1e-3)
     assert torch.equal(unpack(pack(found), kind).dequantize(), found.dequantize())
 
@@ -115,7 +112,7 @@ def test_rows_in_parts_are_the_same_as_all_at_once(gram, weight, monkeypatch):
     whole = polish(before, weight, damped(gram))
     monkeypatch.setattr("pipeline.polish.ROWS", 7)
     parts = polish(before, weight, damped(gram))
-    assert (parts.codes != whole.codes).any(1).sum() <= 6  # of 40 rows: sums of another order round another way
+    assert (parts.codes != whole.codes).float().mean() < 1e-3  # sums of another order round another way
     assert error(parts, weight, damped(gram)) == pytest.approx(error(whole, weight, damped(gram)), rel=1e-3)
 
 

@@ -12,7 +12,6 @@ from pipeline import publish
 from pipeline.render import Request, job_of, render
 from pipeline.settings import resolve
 from pipeline.storage import open_store
-from tests import small_gpt2
 from tests.network_nodes import HERE, cluster, free_port, missing
 from tests.spoilt_jobs import QUOTES, SMALL
 from tests.test_job import write_bucket
@@ -51,14 +50,14 @@ def bucket(bucket_server, monkeypatch, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def image(llama_cpp, tmp_path_factory):
+def image(small_base, small_tools, tmp_path_factory):
     """What the image with a small model has in its environment."""
     folder = tmp_path_factory.mktemp("image")
     return {
         "PATH": "/usr/local/bin:/usr/bin:/bin",
         "HOME": str(folder),
-        "QUOTESMITH_LLAMA_CPP": str(small_gpt2.make_tools(llama_cpp, folder / "llama.cpp")),
-        "QUOTESMITH_MODEL_BASE": str(small_gpt2.make_model(folder / "model")),
+        "QUOTESMITH_LLAMA_CPP": str(small_tools.root),
+        "QUOTESMITH_MODEL_BASE": str(small_base),
     }
 
 
