@@ -22,9 +22,10 @@ from pipeline.disk import errors_translated
 from pipeline.evaluate import evaluate
 from pipeline.export import export
 from pipeline.extend import extend
-from pipeline.fetch import content_hash, fetch, resolve
+from pipeline.fetch import fetch
 from pipeline.finetune import finetune
 from pipeline.finish import finish
+from pipeline.inputs import content_hash, resolve
 from pipeline.lease import lease_name
 from pipeline.model_card import model_card, modelfile
 from pipeline.preflight import Ground, check_model, preflight

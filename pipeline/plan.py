@@ -11,9 +11,10 @@ from pipeline.base_model import obtain
 from pipeline.budget import roles_of
 from pipeline.config import JobConfig
 from pipeline.device import Device, Precision, choose_precision
-from pipeline.fetch import content_hash, fetch, resolve
+from pipeline.fetch import fetch
 from pipeline.finetune import optimizer_steps
 from pipeline.forecast import Forecast, forecasts_of
+from pipeline.inputs import content_hash, resolve
 from pipeline.preflight import Ground, check_files, check_shape, preflight
 from pipeline.room import disk_needed
 from pipeline.settings import Resolved

@@ -18,7 +18,7 @@ import pytest
 if TYPE_CHECKING:
     from pipeline.llama_cpp import LlamaCpp
 
-pytest_plugins = ["tests.fault_record"]
+pytest_plugins = ["tests.fault_record", "tests.places"]
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as entrypoint.py does, before torch is imported
 if "PYTEST_XDIST_WORKER" in os.environ:

@@ -3,8 +3,6 @@ from __future__ import annotations
 import gzip
 import json
 import logging
-import os
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,40 +10,18 @@ from typing import Any
 import pytest
 
 from pipeline import fetch as module
-from pipeline import retrying
 from pipeline.artifacts import Corpus, sha256_of
 from pipeline.config import DataConfig
-from pipeline.errors import ConfigError, DataError, InputMissing, ServiceUnavailable, TryLater
-from pipeline.fetch import content_hash, fetch, resolve
+from pipeline.errors import DataError, TryLater
+from pipeline.fetch import fetch
+from pipeline.inputs import content_hash, resolve
 from pipeline.quotes import fold, read_quotes
 from pipeline.storage import open_store
-
-Texts = dict[str, str]
-BOTH = {"kanye-quotes.txt": "“First one”\n\n“Second”\n", "trump-quotes.txt": "Third\r\nfourth!\r\n"}
+from tests.places import BOTH, Place
 
 
 def read(inputs, cfg, *, out):
     return fetch(resolve(inputs, cfg), cfg, out=out)
-
-
-class Place:
-    """Where the inputs lie: a folder or a gs:// prefix, filled alike."""
-
-    def __init__(self, uri: str) -> None:
-        self.uri = uri
-
-    def fill(self, files: Texts) -> str:
-        store = open_store(self.uri)
-        for name, text in files.items():
-            store.put_if_absent(name, text.encode())
-        return self.uri
-
-
-@pytest.fixture(params=["local", "gs"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
-    if request.param == "local":
-        return Place(str(tmp_path / "in"))
-    return Place(f"{request.getfixturevalue('gcs_bucket_uri')}/in")
 
 
 @pytest.fixture
@@ -103,56 +79,6 @@ def test_inputs_are_read_in_the_given_order(place: Place, out: Path) -> None:
     assert texts(read(inputs, DataConfig(), out=out)) == ["b", "c", "d", "a"]
 
 
-def test_a_glob_crosses_folders_only_when_told(place: Place) -> None:
-    uri = place.fill({"a.txt": "a", "x/b.txt": "b", "x/y/c.txt": "c", "x/n.md": "n"})
-
-    def found(pattern: str) -> list[str]:
-        return [source.name for source in resolve((f"{uri}/{pattern}",), DataConfig())]
-
-    assert found("*.txt") == ["a.txt"]
-    assert found("*/*.txt") == ["b.txt"]
-    assert found("**/*.txt") == ["a.txt", "b.txt", "c.txt"]
-    assert found("?.txt") == ["a.txt"]
-    with pytest.raises(InputMissing, match="matches no file"):
-        found("*.csv")
-
-
-def test_asked_file_names_and_globs_are_taken(place: Place) -> None:
-    uri = place.fill({"a.txt": "a", "b.txt": "b", "x/c.txt": "c", "n.md": "n"})
-
-    def found(*files: str) -> list[str]:
-        return [source.name for source in resolve((uri,), DataConfig(files=files))]
-
-    assert found("n.md", "a.txt") == ["n.md", "a.txt"]
-    assert found("*.txt", "a.txt") == ["a.txt", "b.txt"]
-    assert found("x/*.txt") == ["c.txt"]
-
-
-def test_a_missing_default_file_is_named_and_not_skipped(place: Place) -> None:
-    uri = place.fill({"kanye-quotes.txt": "x", "other.txt": "y"})
-    with pytest.raises(InputMissing, match=r"lacks trump-quotes\.txt; it holds kanye-quotes\.txt, other\.txt"):
-        resolve((uri,), DataConfig())
-
-
-def test_a_missing_asked_file_is_named_with_what_is_there(place: Place) -> None:
-    uri = place.fill({"a.txt": "x"})
-    with pytest.raises(InputMissing, match=r"lacks b\.txt and \*\.csv; it holds a\.txt"):
-        resolve((uri,), DataConfig(files=("a.txt", "b.txt", "*.csv")))
-
-
-def test_without_default_files_every_text_file_is_taken(place: Place) -> None:
-    uri = place.fill({"b.TXT": "b", "a.jsonl.gz": "", "c.txt.gz": "", "d.jsonl": "", "n.md": "", "x/e.txt": ""})
-    got = [source.name for source in resolve((uri,), DataConfig())]
-    assert got == ["a.jsonl.gz", "b.TXT", "c.txt.gz", "d.jsonl"]
-
-
-@pytest.mark.parametrize("name", ["absent.txt", "absent/", "absent/*.txt", "only-notes"])
-def test_what_does_not_exist_is_missing_input(place: Place, name: str) -> None:
-    uri = place.fill({"a.txt": "x", "only-notes/n.md": "n"})
-    with pytest.raises(InputMissing, match=r"absent|only-notes"):
-        resolve((f"{uri}/{name}",), DataConfig())
-
-
 def test_an_empty_file_or_one_of_blanks_is_bad_data_and_named(place: Place, out: Path) -> None:
     uri = place.fill({"empty.txt": "", "blank.txt": "\n \n...\n"})
     with pytest.raises(DataError, match=r"empty\.txt is empty"):
@@ -182,15 +108,6 @@ def test_gzip_jsonl_and_a_utf8_mark_come_through_a_bucket(gcs_bucket_uri: str, o
     assert texts(read((gcs_bucket_uri,), DataConfig(), out=out)) == ["packed", "marked"]
 
 
-def test_the_content_hash_follows_the_content(place: Place, tmp_path: Path) -> None:
-    uri = place.fill(BOTH)
-    before = content_hash(resolve((uri,), DataConfig()))
-    assert content_hash(resolve((uri,), DataConfig())) == before
-    (tmp_path / "new").write_bytes(b"Third\r\nfourth?\r\n")
-    open_store(uri).put("trump-quotes.txt", tmp_path / "new")
-    assert content_hash(resolve((uri,), DataConfig())) != before
-
-
 def test_no_input_means_the_sample(out: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         corpus = read((), DataConfig(), out=out)
@@ -203,62 +120,16 @@ def test_no_input_means_the_sample(out: Path, caplog: pytest.LogCaptureFixture) 
     assert not any(text[0] in '"“' for text in texts(corpus))
 
 
-def test_a_file_uri_and_a_link_name_the_same_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "a.txt").write_text("quote")
-    (tmp_path / "link.jsonl").symlink_to(tmp_path / "a.txt")
-    found = resolve((f"file://{tmp_path}/a.txt", str(tmp_path / "link.jsonl")), DataConfig())
-    assert [source.name for source in found] == ["a.txt"]
-
-
 def test_a_link_is_read_by_its_own_name(tmp_path: Path, out: Path) -> None:
     (tmp_path / "blob").write_text('{"text": "linked"}')
     (tmp_path / "q.jsonl").symlink_to(tmp_path / "blob")
     assert texts(read((str(tmp_path / "q.jsonl"),), DataConfig(), out=out)) == ["linked"]
 
 
-def test_what_is_no_regular_file_is_refused(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe.txt")
-    with pytest.raises(DataError, match="neither a file nor a folder"):
-        resolve((str(tmp_path / "pipe.txt"),), DataConfig())
-    with pytest.raises(ConfigError, match="empty text"):
-        resolve(("",), DataConfig())
-    with pytest.raises(ConfigError, match="unknown scheme https://"):
-        resolve(("https://host/a.txt",), DataConfig())
-
-
 def test_a_file_over_the_limit_is_refused_before_it_is_read(place: Place, out: Path) -> None:
     uri = place.fill({"a.txt": "x" * 2000})
     with pytest.raises(DataError, match=r"a\.txt has 2000 bytes"):
         read((uri,), DataConfig(max_file_bytes=1000), out=out)
-
-
-def test_a_missing_bucket_is_missing_input(gcs_bucket_uri: str) -> None:
-    for uri in ("gs://no-such-bucket-here", "gs://no-such-bucket-here/a.txt"):
-        with pytest.raises(InputMissing, match="no-such-bucket-here"):
-            resolve((uri,), DataConfig())
-
-
-def test_a_dead_endpoint_is_an_unavailable_service(monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{free.getsockname()[1]}")
-        monkeypatch.setattr(retrying, "BUDGET_SECONDS", 5.0)
-        monkeypatch.setattr(retrying, "FIRST_PAUSE_SECONDS", 1000.0)  # so that there is one try
-        with pytest.raises(ServiceUnavailable, match=r"does not answer.* within 5 s"):
-            resolve(("gs://bucket/a.txt",), DataConfig())
-
-
-def test_a_file_name_that_is_not_utf8_is_refused_in_a_sentence(tmp_path):
-    (tmp_path / os.fsdecode(b"a\xff.txt")).write_bytes(b"a quote")
-    with pytest.raises(DataError, match="not UTF-8"):
-        resolve((str(tmp_path),), DataConfig())
-
-
-def test_a_file_name_with_a_control_character_is_refused_in_a_sentence(tmp_path):
-    (tmp_path / "a\x1b[2J.txt").write_text("a quote")
-    with pytest.raises(DataError, match="control character") as caught:
-        resolve((str(tmp_path),), DataConfig())
-    assert str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize("moment", ["before", "while"])

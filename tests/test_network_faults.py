@@ -17,7 +17,8 @@ from pipeline import retrying
 from pipeline.checkpoints import Checkpoints
 from pipeline.config import DataConfig, ResumeConfig
 from pipeline.errors import ServiceUnavailable, TransferError
-from pipeline.fetch import fetch, resolve
+from pipeline.fetch import fetch
+from pipeline.inputs import resolve
 from pipeline.mirror import Mirror
 from pipeline.publish import find_release, publish, verify
 from pipeline.storage import Store, open_store
