@@ -26,7 +26,9 @@ from pipeline.activations import grouped
 from pipeline.artifacts import Facts
 from pipeline.checkpoints import Checkpoints
 from pipeline.collate import collate
+from pipeline.config.shrinking import DistillConfig
 from pipeline.course import Best, Course, resumed, write
+from pipeline.device import arithmetic_of
 from pipeline.errors import CheckFailed
 from pipeline.progress import bar
 
@@ -48,6 +50,11 @@ class Recipe:
     precision: str
     seed: int
     features: float = 0.0
+
+    @classmethod
+    def of(cls, cfg: DistillConfig, device: str, seed: int, features: float = 0.0) -> Recipe:
+        precision = arithmetic_of(cfg.precision, device).name
+        return cls(cfg.steps, cfg.batch_tokens, cfg.learning_rate, cfg.patience, precision, seed, features)
 
 
 @dataclass(frozen=True)

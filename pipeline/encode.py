@@ -59,6 +59,15 @@ def take_unpruned(
     return taken
 
 
+def to_adapt(types: Mapping[str, str], keep_zeros: bool) -> dict[str, str]:
+    """Those block matrices of `types` (module name to k-quant) that are worth training and rounding after the others.
+
+    They keep their zeros, and the others do not, which are rounded from weights that these were not fitted to.
+    """
+    found = {name: kind for name, kind in types.items() if name != HEAD and not loses_zeros(kind, keep_zeros)}
+    return found if len(found) < sum(name != HEAD for name in types) else {}
+
+
 @torch.no_grad()
 def encode_module(module: nn.Module, gram: Gram, kind: str, *, pruned: bool, keep_zeros: bool) -> KQuant:
     weight = weight_of(module)

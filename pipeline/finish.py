@@ -7,26 +7,21 @@ Types and sizes stay as they are. Trained are what the file keeps in F32 (biases
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from pipeline.artifacts import Calibration, Checkpoint, Facts, GgufFile, GgufSet, sha256_of
+from pipeline.artifacts import Calibration, Checkpoint, Facts, GgufFile, GgufSet
 from pipeline.calibrate import load_calibration
 from pipeline.checkpoints import Checkpoints
 from pipeline.config import FinishConfig
-from pipeline.device import arithmetic_of
 from pipeline.distill import Group, Recipe, distill
-from pipeline.errors import CheckFailed
-from pipeline.gguf_file import GgufContents
-from pipeline.gguf_reader import TensorReader
 from pipeline.gguf_weights import (
+    freeze_rounded,
     load_weights,
     read_kquants,
-    stored_parameters,
     write_kquants,
     write_vectors,
 )
@@ -35,6 +30,7 @@ from pipeline.kept_zeros import pruned_weights, require_zeros
 from pipeline.kquants import KQuant
 from pipeline.loading import load_fp32
 from pipeline.matrices import block_matrices, ids_of_embeddings
+from pipeline.rewrite import rewrite
 
 log = logging.getLogger(__name__)
 
@@ -65,18 +61,7 @@ def finish(
     has kept is none any more.
     """
     finisher = Finisher(recovered, tuned, calibration, cfg, keep_zeros, device, seed)
-    finished = []
-    for file in quantized.files:
-        path = out / file.path.name
-        shutil.copyfile(file.path, path)
-        if file.type == "F16":
-            facts: Facts = {"reason": "F16 has nothing to make up for"}
-        elif not cfg.steps:
-            facts = {"reason": "finish.steps is 0"}
-        else:
-            facts = finisher.finish(path, checkpoints.part(path.name) if checkpoints else None)
-        finished.append(described(file, path, facts))
-    return GgufSet(tuple(finished))
+    return rewrite(quantized, "finish", finisher.reason_to_leave, finisher.finish, out, checkpoints)
 
 
 @dataclass(frozen=True)
@@ -91,6 +76,11 @@ class Finisher:
     device: str
     seed: int
 
+    def reason_to_leave(self, file: GgufFile) -> str | None:
+        if file.type == "F16":
+            return "F16 has nothing to make up for"
+        return None if self.cfg.steps else "finish.steps is 0"
+
     def finish(self, path: Path, checkpoints: Checkpoints | None) -> Facts:
         """Trains what `path` holds, and writes it over it."""
         train, validation = (load_calibration(self.calibration, split) for split in ("train", "validation"))
@@ -100,7 +90,8 @@ class Finisher:
         freeze_rounded(student, path)
         kquants = read_kquants(student, path) if self.cfg.train == "all" else {}
         teacher = load_fp32(self.tuned, self.device)
-        facts = finish_model(student, teacher, kquants, train, validation, self.recipe(), checkpoints)
+        recipe = Recipe.of(self.cfg, self.device, self.seed)
+        facts = finish_model(student, teacher, kquants, train, validation, recipe, checkpoints)
         write_vectors(student, path)
         write_kquants(student, path, facts.pop("kquants"))
         require_zeros(student, path, pruned)
@@ -111,16 +102,6 @@ class Finisher:
             facts["validation_kl"],
         )
         return facts
-
-    def recipe(self) -> Recipe:
-        cfg, precision = self.cfg, arithmetic_of(self.cfg.precision, self.device).name
-        return Recipe(cfg.steps, cfg.batch_tokens, cfg.learning_rate, cfg.patience, precision, self.seed)
-
-
-def freeze_rounded(model: PreTrainedModel, path: Path) -> None:
-    """Leaves to training what `path` keeps in F32: positions that were added are F16, and could not be written back."""
-    for _, parameter, stored in stored_parameters(model, TensorReader(path)):
-        parameter.requires_grad_(stored.tensor_type.name == "F32")
 
 
 def finish_model(
@@ -147,15 +128,3 @@ def finish_model(
     for name in grids:
         take_off_grid(modules[name])
     return facts | {"kquants": trained}
-
-
-def described(before: GgufFile, path: Path, facts: Facts) -> GgufFile:
-    """The finished file; `CheckFailed` unless it has the size and the types it had.
-
-    Its facts are its own: those of `before` are not all in its bytes, which alone decide whether this stage is skipped.
-    """
-    found = GgufContents(path).describe()
-    size = path.stat().st_size
-    if size != before.size_bytes or found["tensor_types"] != before.facts["tensor_types"]:
-        raise CheckFailed(f"finishing changed the size or the types of {path.name}; this is a bug")
-    return GgufFile(path, sha256_of(path), size, before.type, found | {"finish": facts})

@@ -11,7 +11,10 @@ from pipeline.config import GateConfig
 from pipeline.metrics import GateResult, Missing
 
 NAMED = 4  # failures in one sentence, which must fit a termination log; metrics.json has the others
-CLOSER = "choose a larger type in quantize.types, a lower sparsity.ratio, or more recover.steps and finish.steps"
+CLOSER = (
+    "choose a larger type in quantize.types, a lower sparsity.ratio, or more recover.steps, adapt.steps and "
+    "finish.steps"
+)
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,13 @@ def read_kquants(model: PreTrainedModel, path: Path) -> dict[str, KQuant]:
     return found
 
 
+def matrix_types(model: PreTrainedModel, path: Path) -> dict[str, str]:
+    """What `path` stores each block matrix and the head as, by module name (the head's is `HEAD`)."""
+    names = matrix_names(model.config, block_matrices(model)) | {HEAD: head_tensor(model)}
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in TensorReader(path).tensors}
+    return {module: kinds[name] for module, name in names.items()}
+
+
 def read_matrices(model: PreTrainedModel, path: Path, modules: Sequence[str]) -> dict[str, Tensor]:
     """The named block matrices of `path`, dequantized, (out, in) float32, rows as transformers has them."""
     tensors = {tensor.name: tensor for tensor in TensorReader(path).tensors}
@@ -98,6 +105,12 @@ def write_vectors(model: PreTrainedModel, path: Path) -> None:
             rows = as_stored(name, parameter.detach().cpu(), model.config)
             stored.data[:] = rows.contiguous().numpy()
             stored.data.flush()
+
+
+def freeze_rounded(model: PreTrainedModel, path: Path) -> None:
+    """Leaves to training what `path` keeps in F32: positions that were added are F16, and could not be written back."""
+    for _, parameter, stored in stored_parameters(model, TensorReader(path)):
+        parameter.requires_grad_(stored.tensor_type.name == "F32")
 
 
 def stored_parameters(model: PreTrainedModel, reader: TensorReader) -> Iterator[tuple[str, nn.Parameter, ReaderTensor]]:

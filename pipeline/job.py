@@ -13,6 +13,7 @@ from typing import Any
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from pipeline import __version__, base_model, curves, gates, metrics, settings
+from pipeline.adapt import adapt
 from pipeline.artifacts import Checkpoint, Corpus, Evaluation, Facts, GgufFile, GgufSet, Release, TokenDataset
 from pipeline.base_model import obtain
 from pipeline.calibrate import calibrate
@@ -78,8 +79,7 @@ class Given:
 class Made:
     tokens: TokenDataset
     final: Checkpoint
-    quantized: GgufSet
-    finished: GgufSet
+    files: tuple[GgufSet, ...]  # as they were rounded, adapted and finished
     evaluation: Evaluation
 
 
@@ -115,7 +115,7 @@ def released(resolved: Resolved, claim: Claim, stages: Stages, ground: Ground, t
 
     made = make(stages, given, cfg, ground, team)
     figures = gather(resolved, given, made, stages, tools.version)
-    files = lay_out(cfg, given.run_id, figures, made.finished, made.final)
+    files = lay_out(cfg, given.run_id, figures, made.files[-1], made.final)
     try:
         release = publish_judged(
             cfg.output, figures, run_id=given.run_id, name=cfg.name, files=files, confirm=claim.confirm
@@ -154,11 +154,14 @@ def make(stages: Stages, given: Given, cfg: JobConfig, ground: Ground, team: Tea
     naming: dict[str, Any] = {"tools": tools, "name": cfg.name}
     f16 = stages.run(export, final, given.corpus, tokens, cfg.export, **naming)
     kept: dict[str, Any] = {"keep_zeros": cfg.sparsity.keep_zeros, "device": device.name}
-    quantized = stages.run(quantize, f16, final, tuned, calibration, cfg.quantize, **kept, **naming)
-    finished = stages.run(finish, quantized, final, tuned, calibration, cfg.finish, **kept, seed=cfg.seed)
+    adapting = cfg.adapt.steps > 0 and cfg.quantize.encoder == "gptq"
+    rounded = stages.run(quantize, f16, final, tuned, calibration, cfg.quantize, adapting=adapting, **kept, **naming)
+    kept["seed"] = cfg.seed
+    quantized = stages.run(adapt, rounded, final, tuned, calibration, cfg.adapt, adapting=adapting, **kept)
+    finished = stages.run(finish, quantized, final, tuned, calibration, cfg.finish, **kept)
     models = (base, tuned, pruned, recovered, f16, quantized, finished)
     evaluation = stages.run(evaluate, *models, tokens, calibration, cfg.evaluate, cfg.fourbit, tools=tools, **where)
-    return Made(tokens, final, quantized, finished, evaluation)
+    return Made(tokens, final, (rounded, quantized, finished), evaluation)
 
 
 def calibration_text(stages: Stages, cfg: JobConfig) -> Corpus | None:
@@ -187,8 +190,8 @@ def run_id_of(cfg: JobConfig, corpus: Corpus, text: Corpus | None, source: str, 
 
 def gather(resolved: Resolved, given: Given, made: Made, stages: Stages, llama_cpp: str) -> metrics.Metrics:
     found = made.evaluation.facts
-    pairs = zip(made.quantized.files, made.finished.files, strict=True)
-    ggufs = [gguf_figures(file, before.facts | file.facts, found["speed"]) for before, file in pairs]
+    steps = zip(*(after.files for after in made.files), strict=True)
+    ggufs = [gguf_figures(c, a.facts | b.facts | c.facts, found["speed"]) for a, b, c in steps]
     return metrics.Metrics.model_validate(
         {
             "run_id": given.run_id,

@@ -23,12 +23,12 @@ from pipeline.budget import choose_types, least
 from pipeline.calibrate import load_calibration
 from pipeline.config import QuantizeConfig
 from pipeline.config.shrinking import UNQUANTIZED
-from pipeline.encode import encode_model, take_unpruned
+from pipeline.encode import encode_model, take_unpruned, to_adapt
 from pipeline.errors import MachineError
 from pipeline.forecast import DATASET, IMATRIX, Choice, Forecast, foretell, handle_fallbacks, require_foretold
 from pipeline.gguf_file import GgufContents
 from pipeline.gguf_names import matrix_names
-from pipeline.gguf_weights import head_tensor, read_matrices, write_kquants
+from pipeline.gguf_weights import head_tensor, matrix_types, read_matrices, write_kquants
 from pipeline.kept_zeros import cost_of_zeros, pruned_weights, require_types_with_zeros, require_zeros
 from pipeline.kquants import KTYPES
 from pipeline.llama_cpp import LlamaCpp
@@ -51,11 +51,13 @@ def quantize(
     device: str,
     name: str,
     out: Path,
+    adapting: bool = False,
 ) -> GgufSet:
     """One file NAME-TYPE.gguf for each type of `cfg`; F16 is the exported file itself.
 
-    `model` is the checkpoint behind `f16`, measured on `calibration`; `tuned` is that before pruning. `keep_zeros`:
-    zeros of the block matrices of `model` are zeros in the file. Raises `ConfigError` for an unknown type, one that
+    `model` is the checkpoint behind `f16`, measured on `calibration`; `tuned` is that before pruning. `adapting`:
+    what `adapt` will round, after this, is left as llama-quantize has it. `keep_zeros`: zeros of the block matrices of
+    `model` are zeros in the file. Raises `ConfigError` for an unknown type, one that
     loses zeros that are to be kept, a fallback where `cfg.fallback` is error, or a budget that is too small;
     `CheckFailed` when a file is not what was foretold, `MachineError` when the disk is too small. All before the first
     is written, if it can be.
@@ -80,7 +82,7 @@ def quantize(
     for kind, forecast in forecasts.items():
         path = out / f"{name}-{kind}.gguf"
         stock(f16, kind, choice, tools, path)
-        ours = encoder.encode(path, kind) | {"importance": cfg.importance}
+        ours = encoder.encode(path, kind, adapting) | {"importance": cfg.importance}
         if kind in limited:
             ours |= {"budget": budget}
         if ours.get("keep_zeros"):
@@ -117,11 +119,11 @@ class Encoder:
     keep_zeros: bool
     device: str
 
-    def encode(self, path: Path, kind: str) -> Facts:
+    def encode(self, path: Path, kind: str, adapting: bool = False) -> Facts:
         if self.name == "gptq" and kind != "F16":
             sequences = load_calibration(self.calibration, "train")
             model, load_tuned = load_fp32(self.model, self.device), partial(load_fp32, self.tuned, "cpu")
-            return encode_file(model, load_tuned, sequences, path, self.keep_zeros)
+            return encode_file(model, load_tuned, sequences, path, self.keep_zeros, adapting)
         return {"encoder": "llama.cpp", "encoded_tensors": 0, "unpruned_tensors": 0}
 
     def cost_of_zeros(self, path: Path, kind: str) -> Facts:
@@ -161,15 +163,19 @@ def encode_file(
     sequences: list[list[int]],
     path: Path,
     keep_zeros: bool,
+    adapting: bool = False,
 ) -> Facts:
-    """The k-quant tensors of `path` that our encoder has a grid for, rounded by it, written over the stock ones."""
-    names = matrix_names(model.config, block_matrices(model)) | {HEAD: head_tensor(model)}
-    stored = GgufContents(path).tensors
-    kinds = {name: stored[tensor].tensor_type.name for name, tensor in names.items()}
-    ours = {name: kind for name, kind in kinds.items() if kind in KTYPES}
-    unpruned = take_unpruned(model, load_tuned, ours, keep_zeros)
+    """The k-quant tensors of `path` that our encoder has a grid for, rounded by it, written over the stock ones.
+
+    `adapting`: those that `adapt` rounds stay, and the others are fitted to them as they are before any rounding.
+    """
+    kinds = matrix_types(model, path)
+    known = {name: kind for name, kind in kinds.items() if kind in KTYPES}
+    unpruned = take_unpruned(model, load_tuned, known, keep_zeros)
+    later = to_adapt(known, keep_zeros) if adapting else {}
+    ours = {name: kind for name, kind in known.items() if name not in later}
     if ours:
-        others = read_matrices(model, path, [name for name in names if name not in ours and name != HEAD])
+        others = read_matrices(model, path, [name for name in kinds if name not in known and name != HEAD])
         write_kquants(model, path, encode_model(model, sequences, ours, others=others, keep_zeros=keep_zeros))
     log.info(
         "quantize: %d tensors of %s encoded with error feedback, %d of them from the weights before pruning",

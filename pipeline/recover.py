@@ -12,7 +12,6 @@ from pipeline.artifacts import Calibration, Checkpoint, Facts
 from pipeline.calibrate import load_calibration
 from pipeline.checkpoints import Checkpoints
 from pipeline.config import RecoverConfig
-from pipeline.device import arithmetic_of
 from pipeline.distill import Group, Recipe, distill
 from pipeline.errors import CheckFailed
 from pipeline.loading import load_fp32
@@ -42,15 +41,7 @@ def recover(
     facts: Facts = {"steps": 0, "reason": "recover.steps is 0"}
     if cfg.steps and any(before.values()):
         train, validation = (load_calibration(calibration, split) for split in ("train", "validation"))
-        recipe = Recipe(
-            cfg.steps,
-            cfg.batch_tokens,
-            cfg.learning_rate,
-            cfg.patience,
-            arithmetic_of(cfg.precision, device).name,
-            seed,
-            cfg.features,
-        )
+        recipe = Recipe.of(cfg, device, seed, cfg.features)
         facts = recover_model(student, load_fp32(tuned, device), train, validation, recipe, checkpoints)
         require_zeros(before, zero_counts(student))
         log.info(
@@ -70,10 +61,15 @@ def recover_model(
     validation: Sequence[Sequence[int]],
     recipe: Recipe,
     checkpoints: Checkpoints | None = None,
+    what: str = "recover",
 ) -> Facts:
-    """Trains `student` in place with the mask of its zeros fixed."""
-    masked = [(weight, weight != 0) for weight in map(weight_of, block_matrices(student).values())]
-    learning = [parameter for parameter in student.parameters() if id(parameter) not in ids_of_embeddings(student)]
+    """Trains `student` in place with the mask of its zeros fixed. Embeddings, head, and what wants no gradient stay."""
+    modules = [module for module in block_matrices(student).values() if module.weight.requires_grad]
+    masked = [(weight, weight != 0) for weight in map(weight_of, modules)]
+    fixed = ids_of_embeddings(student)
+    learning = [
+        parameter for parameter in student.parameters() if parameter.requires_grad and id(parameter) not in fixed
+    ]
 
     def keep_zeros() -> None:
         for weight, kept in masked:
@@ -86,7 +82,7 @@ def recover_model(
         validation,
         [Group(learning)],
         recipe,
-        what="recover",
+        what=what,
         after_step=keep_zeros,
         checkpoints=checkpoints,
     )

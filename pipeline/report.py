@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from pipeline.plan import Plan
 
 MADE_BY = {
-    "base": "obtain",
-    "tuned": "finetune",
-    "pruned": "sparsify",
-    "recovered": "recover",
-    "F16": "export",
-    "quantized": "quantize",
-    "finished": "finish",
+    "base": ("obtain",),
+    "tuned": ("finetune",),
+    "pruned": ("sparsify",),
+    "recovered": ("recover",),
+    "F16": ("export",),
+    "quantized": ("quantize", "adapt"),
+    "finished": ("finish",),
 }
 HEADINGS = ("stage", "seconds", "perplexity (95%)", "against tuned (95%)", "size", "bits/weight", "zeros")
 
@@ -72,10 +72,10 @@ def of_run(outcome: Outcome) -> str:
 
 
 def ledger_row(row: dict[str, Any], seconds: dict[str, float]) -> list[str]:
-    took = seconds.get(MADE_BY.get(row["stage"], ""))
+    took = [seconds[stage] for stage in MADE_BY.get(row["stage"], ()) if stage in seconds]
     return [
         f"{row['stage']} {row['type']}" if row["type"] not in (None, row["stage"]) else row["stage"],
-        "-" if took is None else f"{took:.1f}",
+        f"{sum(took):.1f}" if took else "-",
         interval(row["perplexity"], ".1f"),
         interval(row["ppl_ratio"], ".3f"),
         size(row["size_bytes"]),

@@ -36,9 +36,10 @@ log = logging.getLogger(__name__)
 Artifact = TypeVar("Artifact")
 
 # Worth a copy in the bucket: what took a GPU, or minutes. For GPT-2 on 2 CPU cores: finetune 87 s for 498 MB, sparsify
-# and recover 498 MB each, quantize and finish 71 MB, calibrate and evaluate a few kB. Not worth it: obtain (498 MB that
-# come from a hub or bucket anyway), export (17 s for 250 MB), tokenize (0.1 s); and without fetch there is no run_id.
-COPIED = ("finetune", "calibrate", "sparsify", "recover", "extend", "quantize", "finish", "evaluate")
+# and recover 498 MB each, quantize, adapt and finish 71 MB each, calibrate and evaluate a few kB. Not worth it: obtain
+# (498 MB that come from a hub or bucket anyway), export (17 s for 250 MB), tokenize (0.1 s); and without fetch there is
+# no run_id.
+COPIED = ("finetune", "calibrate", "sparsify", "recover", "extend", "quantize", "adapt", "finish", "evaluate")
 FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jsonl", "*.gguf", "*.arrow", "*tfevents*")
 
 

@@ -10,16 +10,19 @@ from typing import Any
 from pipeline import job
 from pipeline.settings import resolve
 
-STEPS = ("sparsify", "recover", "extend", "quantize", "finish")
+STEPS = ("sparsify", "recover", "extend", "quantize", "adapt", "finish")
 FIGURES = ("perplexity", "ppl_ratio", "kl_mean", "same_top", "size_bytes", "zeros", "tokens")
 METHODS = ("random", "magnitude", "wanda", "sparsegpt")
 STOCK = {
     "sparsity.refit": "false",
     "recover.steps": "0",
+    "adapt.steps": "0",
     "finish.steps": "0",
     "quantize.encoder": "llama.cpp",
 }
 NO_IMPORTANCE = {**STOCK, "quantize.importance": "false"}
+
+AS_ENCODED = {"adapt.steps": "0", "finish.steps": "0"}
 
 DEFAULT = "the default: all of it"
 BUDGET = 0.92  # of the default's bytes
@@ -28,9 +31,10 @@ BUDGET = 0.92  # of the default's bytes
 WAYS: dict[str, dict[str, str]] = {
     **{f"{method}, stock Q2_K": {**NO_IMPORTANCE, "sparsity.method": method} for method in METHODS},
     **{f"{method}, stock Q2_K with importance matrix": {**STOCK, "sparsity.method": method} for method in METHODS},
-    "refit, our encoder": {"recover.steps": "0", "finish.steps": "0"},
-    "refit, recovery, stock Q2_K with importance matrix": {"finish.steps": "0", "quantize.encoder": "llama.cpp"},
-    "refit, recovery, our encoder": {"finish.steps": "0"},
+    "refit, our encoder": {"recover.steps": "0", **AS_ENCODED},
+    "refit, recovery, stock Q2_K with importance matrix": {**AS_ENCODED, "quantize.encoder": "llama.cpp"},
+    "refit, recovery, our encoder": AS_ENCODED,
+    "the same, adapted": {"finish.steps": "0"},
     "the same, vectors finished": {"finish.train": "vectors"},
     DEFAULT: {},
     "the default, zeros kept": {"sparsity.keep_zeros": "true"},

@@ -7,7 +7,7 @@ torch, the matrices as they decode.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ FITTED = 128  # windows that pruning and encoding are fitted to: 32,768 tokens, 
 VALIDATION = 16  # windows that training stops by
 HELD_OUT = 96  # windows scored: 24,576 tokens
 DOCUMENT = "<|endoftext|>"  # what SmolLM2 and GPT-2 saw before every document in their pretraining
-OURS = ("refit", "recovered", "recovered, our encoder", "finished")
+OURS = ("refit", "recovered", "Q2_K encoded", "adapted", "finished")
 METHODS = ("random", "magnitude", "wanda", "sparsegpt")
 
 
@@ -53,12 +53,14 @@ def gpt2_type(name: str) -> str:
 
 @dataclass(frozen=True)
 class Effort:
-    """How long the two trainings are. Many small steps: 224 of 512 tokens close twice the loss that 56 of 2,048 do."""
+    """How long the trainings are. Many small steps: 224 of 512 tokens close twice the loss that 56 of 2,048 do."""
 
-    recover_steps: int = 320
-    finish_steps: int = 300
+    recover_steps: int = 120
+    adapt_steps: int = 260
+    finish_steps: int = 90
     batch_tokens: int = 512
     recover_rate: float = 2e-4
+    adapt_rate: float = 2e-4
     finish_rate: float = 1e-4
 
 
@@ -140,33 +142,55 @@ class Bench:
 
         return change
 
-    def encode(self, keep: str = "") -> Callable[[PreTrainedModel], None]:
-        """Our encoder, its result in the file `keep`."""
+    def encode(self, keep: str = "", kinds: Sequence[str] = ("Q2_K", "Q3_K")) -> Callable[[PreTrainedModel], None]:
+        """Our encoder for the matrices of these `kinds`, its result in the file `keep`."""
 
         def change(model: PreTrainedModel) -> None:
-            types = {name: gpt2_type(name) for name in block_matrices(model)}
+            types = {name: kind for name in block_matrices(model) if (kind := gpt2_type(name)) in kinds}
             take_unpruned(model, lambda: self.load("dense"), types, keep_zeros=False)
             found = encode_model(model, self.fitted, types)
             if keep:
-                torch.save({name: vars(kquant) for name, kquant in found.items()}, self.folder / keep)
+                self.keep(found, keep)
 
         return change
 
     def recover(self, model: PreTrainedModel) -> dict[str, Any]:
-        e = self.effort
-        recipe = Recipe(e.recover_steps, e.batch_tokens, e.recover_rate, e.recover_steps, self.precision, 0)
+        recipe = self.recipe(self.effort.recover_steps, self.effort.recover_rate, seed=0)
         return recover_model(model, self.load("dense"), self.train, self.validation, recipe)
+
+    def adapt(self, encoded: str, keep: str) -> Callable[[PreTrainedModel], dict[str, Any]]:
+        """The matrices that are not in the file `encoded` trained beside those, and encoded after that."""
+
+        def change(model: PreTrainedModel) -> dict[str, Any]:
+            modules, kquants = block_matrices(model), self.kquants(encoded)
+            adapted = {name: gpt2_type(name) for name in modules.keys() - kquants}
+            for name in kquants:
+                modules[name].weight.requires_grad_(False)
+            recipe = self.recipe(self.effort.adapt_steps, self.effort.adapt_rate, seed=1)
+            facts = recover_model(model, self.load("dense"), self.train, self.validation, recipe, what="adapt")
+            with torch.no_grad():
+                self.keep(kquants | encode_model(model, self.fitted, adapted), keep)
+            return facts
+
+        return change
 
     def finish(self, encoded: str) -> Callable[[PreTrainedModel], dict[str, Any]]:
         def change(model: PreTrainedModel) -> dict[str, Any]:
-            e = self.effort
-            recipe = Recipe(e.finish_steps, e.batch_tokens, e.finish_rate, e.finish_steps, self.precision, 1)
-            stored = torch.load(self.folder / encoded)
-            kquants = {name: KQuant(**values) for name, values in stored.items()}
+            recipe = self.recipe(self.effort.finish_steps, self.effort.finish_rate, seed=2)
+            kquants = self.kquants(encoded)
             facts = finish_model(model, self.load("dense"), kquants, self.train, self.validation, recipe)
             return {key: value for key, value in facts.items() if key != "kquants"}
 
         return change
+
+    def recipe(self, steps: int, rate: float, seed: int) -> Recipe:
+        return Recipe(steps, self.effort.batch_tokens, rate, steps, self.precision, seed)
+
+    def keep(self, kquants: Mapping[str, KQuant], file: str) -> None:
+        torch.save({name: vars(kquant) for name, kquant in kquants.items()}, self.folder / file)
+
+    def kquants(self, file: str) -> dict[str, KQuant]:
+        return {name: KQuant(**values) for name, values in torch.load(self.folder / file).items()}
 
 
 def steps(bench: Bench) -> list[dict[str, Any]]:
@@ -182,13 +206,15 @@ def steps(bench: Bench) -> list[dict[str, Any]]:
     bench.step("recovered", "refit", bench.recover)
     with torch.no_grad():
         bench.step("recovered, stock rounding with importance matrix", "recovered", bench.stock(importance=True))
-        bench.step("recovered, our encoder", "recovered", bench.encode(keep="kquants.pt"))
-    bench.step("finished", "recovered, our encoder", bench.finish("kquants.pt"))
+        bench.step("recovered, our encoder", "recovered", bench.encode())
+        bench.step("Q2_K encoded", "recovered", bench.encode(keep="first.pt", kinds=("Q2_K",)))
+    bench.step("adapted", "Q2_K encoded", bench.adapt("first.pt", keep="adapted.pt"))
+    bench.step("finished", "adapted", bench.finish("adapted.pt"))
     return bench.rows
 
 
 def minutes_and_losses(rows: list[dict[str, Any]]) -> list[tuple[float, str, float]]:
-    """The curve: minutes spent so far on pruning, recovery, encoding and finishing, and the validation KL by then."""
+    """The curve: minutes that the steps of `OURS` took so far, and the validation KL by then."""
     spent = 0.0
     points = []
     for row in (row for row in rows if row["step"] in OURS):

@@ -40,6 +40,7 @@ SMALL = {
     "sparsity.refit": "false",
     "recover.steps": 2,
     "quantize.encoder": "llama.cpp",
+    "adapt.steps": 2,
     "finish.steps": 2,
     "evaluate.max-quotes": 2,
     "evaluate.bootstrap": 100,

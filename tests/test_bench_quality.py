@@ -76,7 +76,7 @@ def bench(request, tmp_path, monkeypatch):
     kind(request.param).save_pretrained(tmp_path / "dense")
     bench = Bench.__new__(Bench)
     bench.folder, bench.device, bench.precision = tmp_path, "cpu", "fp32"
-    bench.effort, bench.rows = Effort(recover_steps=2, finish_steps=2, batch_tokens=32), []
+    bench.effort, bench.rows = Effort(recover_steps=2, adapt_steps=2, finish_steps=2, batch_tokens=32), []
     windows = torch.randint(300, (24, 16), generator=torch.Generator().manual_seed(1)).tolist()
     bench.validation, bench.train, bench.held_out = windows[:4], windows[4:16], windows[16:]
     bench.fitted, bench.draws = bench.train, ledger.resample(8, 50, seed=0)
@@ -93,10 +93,10 @@ def test_every_step_of_the_prose_bench_makes_a_row_and_is_not_done_again(bench, 
     assert all(zeros[step] == pytest.approx(0.5, abs=1e-3) for step in ("random", "sparsegpt", "refit", "recovered"))
     assert zeros["finished"] < 0.4  # Q2_K's matrices have none
     minutes, names, losses = zip(*minutes_and_losses(rows), strict=True)
-    assert list(minutes) == sorted(minutes) and set(names) == {"recovered", "finished"} and min(losses) > 0
+    assert list(minutes) == sorted(minutes) and set(names) == {"recovered", "adapted", "finished"} and min(losses) > 0
     bench_quality.show_prose("a toy", rows)
     shown = capsys.readouterr().out
-    assert "a toy, general prose" in shown and shown.count(" | 0% |") >= 2  # where each training begins
+    assert "a toy, general prose" in shown and shown.count(" | 0% |") >= 3  # where each training begins
     bench.rows = []
     monkeypatch.setattr(bench, "load", None)
     assert steps(bench) == rows and json.dumps(rows)

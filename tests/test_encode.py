@@ -7,7 +7,7 @@ from gguf import GGMLQuantizationType
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from pipeline.activations import HEAD, input_squares, walk
-from pipeline.encode import encode_model, encode_module, padded, take_unpruned
+from pipeline.encode import encode_model, encode_module, padded, take_unpruned, to_adapt
 from pipeline.kquants import unpack
 from pipeline.matrices import block_matrices, weight_of
 
@@ -157,3 +157,17 @@ def test_a_text_of_a_few_tokens_or_of_one_word_is_enough_to_encode(sequences):
         weight = weight_of(module)
         original = weight_of(block_matrices(before)[name])
         assert (weight - original).square().mean() < 0.3 * original.square().mean(), name
+
+
+@pytest.mark.parametrize(
+    ("types", "keep_zeros", "expected"),
+    [
+        ({"a": "Q2_K", "b": "Q3_K", "c": "Q6_K", HEAD: "Q6_K"}, False, {"b": "Q3_K", "c": "Q6_K"}),
+        ({"a": "Q2_K", "b": "Q3_K", HEAD: "Q6_K"}, True, {}),
+        ({"b": "Q3_K", "c": "Q6_K", HEAD: "Q2_K"}, False, {}),
+        ({"a": "Q2_K", HEAD: "Q6_K"}, False, {}),
+        ({}, False, {}),
+    ],
+)
+def test_adapted_are_matrices_that_keep_zeros_beside_others_that_do_not(types, keep_zeros, expected):
+    assert to_adapt(types, keep_zeros) == expected

@@ -14,7 +14,6 @@ from pipeline.config import FinishConfig
 from pipeline.encode import encode_model
 from pipeline.errors import CheckFailed
 from pipeline.export import convert
-from pipeline.finish import described as described_by_the_stage
 from pipeline.finish import finish
 from pipeline.gguf_f16 import store_as_f16
 from pipeline.gguf_file import GgufContents
@@ -235,25 +234,6 @@ def test_what_is_not_to_be_trained_goes_on_as_it_is(run, quantized, kind, steps,
 def test_zeros_that_are_lost_are_found(run, quantized):
     with pytest.raises(CheckFailed, match=r"\d+ pruned weights of \S+ in toy-Q2_K\.gguf have a value again"):
         run(quantized, keep_zeros=True, steps=1)  # llama-quantize's Q2_K has no zeros
-
-
-@on_gpt2
-def test_what_a_finished_file_says_of_itself_depends_on_its_bytes_alone(run, quantized):
-    """Else a run that quantizes to the same bytes by other settings would tell of this one's."""
-    other = replace(quantized, facts=quantized.facts | {"encoder": "other", "budget": {"max_bytes": 1}})
-    assert run(quantized, "one", steps=0).facts == run(other, "two", steps=0).facts
-
-
-@on_gpt2
-def test_a_file_of_another_size_or_of_other_types_is_refused(quantized):
-    facts = quantized.facts
-    assert described_by_the_stage(quantized, quantized.path, {}).sha256 == quantized.sha256
-    for before, message in (
-        (replace(quantized, size_bytes=quantized.size_bytes - 1), "changed the size or the types"),
-        (replace(quantized, facts=facts | {"tensor_types": {"F32": 1}}), "changed the size or the types"),
-    ):
-        with pytest.raises(CheckFailed, match=message):
-            described_by_the_stage(before, quantized.path, {})
 
 
 @on_gpt2

@@ -38,6 +38,7 @@ TOY = {
     "calibration.max_tokens": "2000",
     "recover.steps": "2",
     "quantize.encoder": "llama.cpp",
+    "adapt.steps": "2",
     "finish.steps": "2",
     "evaluate.max_quotes": "10",
     "evaluate.prompts": "I",

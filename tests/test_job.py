@@ -51,6 +51,7 @@ def toy_job(toy_gpt2, uri, work, **more):
         "train.max_steps": "2",
         "calibration.generated": "8",
         "recover.steps": "2",
+        "adapt.steps": "2",
         "finish.steps": "2",
         "evaluate.prompts": ["I"],
         "evaluate.samples": "1",
@@ -92,12 +93,13 @@ def check_metrics(figures):
     assert rows["F16"]["kl_mean"] == pytest.approx(rows["recovered"]["kl_mean"], abs=1e-3)
     assert [stage["name"] for stage in figures["stages"]] == [
         *("fetch", "obtain", "tokenize", "finetune", "calibrate", "sparsify", "recover", "export", "quantize"),
-        *("finish", "evaluate"),
+        *("adapt", "finish", "evaluate"),
     ]
     facts = {stage["name"]: stage["facts"] for stage in figures["stages"]}
     assert facts["calibrate"]["kinds"].keys() == {"quotes", "generated"}
-    assert facts["recover"]["steps"] == figures["ggufs"][0]["facts"]["finish"]["steps"] == 2
-    assert figures["ggufs"][0]["facts"]["encoded_tensors"] == 9
+    own = figures["ggufs"][0]["facts"]
+    assert facts["recover"]["steps"] == own["adapt"]["steps"] == own["finish"]["steps"] == 2
+    assert (own["encoded_tensors"], own["adapt"]["encoded_tensors"]) == (3, 6)  # two blocks and the token embedding
     assert figures["long_context"]["value"] is None
     assert figures["data"]["sources"][0]["blank"] > 0
 

@@ -38,9 +38,9 @@ def given(checkpoint, tools, folder):
     return SimpleNamespace(f16=f16, model=Checkpoint.of(checkpoint, {}), text=calibration_in(folder, SEQUENCES))
 
 
-def run(model, tools, out, cfg, keep_zeros=False, tuned=None):
+def run(model, tools, out, cfg, keep_zeros=False, tuned=None, adapting=False):
     out.mkdir(exist_ok=True)
-    more = {"keep_zeros": keep_zeros, "tools": tools, "device": "cpu", "name": "toy", "out": out}
+    more = {"keep_zeros": keep_zeros, "adapting": adapting, "tools": tools, "device": "cpu", "name": "toy", "out": out}
     return quantize(model.f16, model.model, tuned or model.model, model.text, cfg, **more).files
 
 
@@ -98,10 +98,29 @@ def test_our_file_has_llama_quantizes_layout_byte_for_byte_and_other_codes_in_it
     assert ours.size_bytes == theirs.size_bytes
     one, other = GgufContents(ours.path), GgufContents(theirs.path)
     assert ours.path.read_bytes()[: one.header_bytes] == theirs.path.read_bytes()[: other.header_bytes]
-    changed = {
-        name for name, tensor in one.tensors.items() if not np.array_equal(tensor.data, other.tensors[name].data)
-    }
-    assert changed == {name for name, tensor in one.tensors.items() if tensor.tensor_type.name in KTYPES}
+    assert changed(ours, theirs) == {name for name, tensor in one.tensors.items() if tensor.tensor_type.name in KTYPES}
+
+
+def changed(file, other):
+    one, two = (GgufContents(each.path).tensors for each in (file, other))
+    return {name for name, tensor in one.items() if not np.array_equal(tensor.data, two[name].data)}
+
+
+def test_what_will_be_adapted_is_left_as_llama_quantize_has_it(theirs, toy, llama_cpp, tmp_path):
+    file = run(toy, llama_cpp, tmp_path, QuantizeConfig(), adapting=True)[0]
+    assert changed(file, theirs) == {"blk.0.ffn_up.weight", "token_embd.weight"}
+    assert file.facts["encoded_tensors"] == 2 and file.size_bytes == theirs.size_bytes
+
+
+@pytest.mark.parametrize(("settings", "keep_zeros"), [({"types": ("Q3_K_S",)}, False), ({}, True)])
+def test_nothing_is_left_where_every_type_keeps_its_zeros(toy, llama_cpp, tmp_path, settings, keep_zeros):
+    cfg = QuantizeConfig(**settings)
+    one, other = (
+        run(toy, llama_cpp, tmp_path / name, cfg, keep_zeros, adapting=adapting)[0]
+        for name, adapting in (("one", True), ("other", False))
+    )
+    assert one.facts["encoded_tensors"] == other.facts["encoded_tensors"] == 5
+    assert one.sha256 == other.sha256
 
 
 def test_our_file_predicts_more_like_the_model_than_llama_quantizes(ours, theirs, toy):

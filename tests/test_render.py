@@ -248,7 +248,7 @@ def test_inputs_that_are_no_channels_stay_a_setting(uris):
 KL = "%s: step %d of %d, validation KL %.4f nats a token"
 LOGGED = [  # formats of our log calls, each with what could stand there
     *(("evaluate: %s: perplexity %.1f, %s", (stage, 153.24, "CHANGE")) for stage in sagemaker.STAGES),
-    *((KL, (stage, 10, 60, 0.0123)) for stage in ("recover", "finish")),
+    *((KL, (stage, 10, 60, 0.0123)) for stage in ("recover", "adapt", "finish")),
     ("sparsify: share of zeros %.4f in %d matrices by %s", (0.5, 48, "sparsegpt")),
     ("quantize: %s %.1f MB, %.2f bits a weight", ("my-voice-Q2_K.gguf", 70.7, 4.43)),
 ]

@@ -23,7 +23,10 @@ METRICS = {
     "stages": [
         *({"name": name, "seconds": seconds} for name, seconds in (("finetune", 12.3), ("sparsify", 1.5))),
         *({"name": name, "seconds": seconds} for name, seconds in (("recover", 20.5), ("export", 0.5))),
-        *({"name": name, "seconds": seconds} for name, seconds in (("quantize", 4.5), ("finish", 30.5))),
+        *(
+            {"name": name, "seconds": seconds}
+            for name, seconds in (("quantize", 3.5), ("adapt", 1.0), ("finish", 30.5))
+        ),
     ],
     "ledger": [
         ledger_row("tuned", 0.0),

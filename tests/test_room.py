@@ -143,8 +143,9 @@ def test_estimates_follow_the_settings(base, tmp_path):
     assert disk() < disk(**{"train.select_best": "true", "tokens.validation": "0.1"})
     assert checkpoints("finetune") >= 10 * checkpoints("finetune", **{"train.method": "lora"})
     assert checkpoints("recover") > 0 == checkpoints("recover", **{"recover.steps": "0"})
+    assert checkpoints("adapt") == checkpoints("recover") and checkpoints("adapt", **{"adapt.steps": "0"}) == 0
     assert checkpoints("finish", **{"resume.minutes": "0"}) == 0 < checkpoints("finish", **{"resume.steps": "9"})
-    lean = {"train.method": "lora", "recover.steps": "0", "finish.train": "vectors"}
+    lean = {"train.method": "lora", "recover.steps": "0", "adapt.steps": "0", "finish.train": "vectors"}
     assert memory_needed(base, job(tmp_path)) > memory_needed(base, job(tmp_path, **lean))
     assert (
         needs_of(base, job(tmp_path))["finetune"]

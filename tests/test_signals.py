@@ -454,7 +454,8 @@ def start(toy_gpt2, folder, *more):
     command = [sys.executable, "entrypoint.py", "run", "--input", f"{folder}/bucket/in", "--log-format", "text"]
     command += ["--output", f"{folder}/bucket/out", "--work-dir", f"{folder}/work", "--model.base", str(toy_gpt2)]
     command += ["--evaluate.samples", "1", "--evaluate.max-new-tokens", "8"]
-    command += ["--calibration.generated", "8", "--recover.steps", "1", "--finish.steps", "1", *more]
+    command += ["--calibration.generated", "8", "--recover.steps", "1"]
+    command += ["--adapt.steps", "1", "--finish.steps", "1", *more]
     return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 

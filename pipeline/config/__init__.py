@@ -13,6 +13,7 @@ from pipeline.config.judging import SAMPLING, EvaluateConfig, GateConfig, Publis
 from pipeline.config.running import LeaseConfig, NodesConfig, ResumeConfig
 from pipeline.config.section import ReleaseName, Section
 from pipeline.config.shrinking import (
+    AdaptConfig,
     CalibrationConfig,
     ExportConfig,
     FinishConfig,
@@ -36,6 +37,7 @@ __all__ = [
     "BASE_REVISION",
     "DEFAULT_FILES",
     "SAMPLING",
+    "AdaptConfig",
     "CalibrationConfig",
     "DataConfig",
     "EvaluateConfig",
@@ -89,6 +91,7 @@ class JobConfig(Section):
     recover: RecoverConfig = RecoverConfig()
     export: ExportConfig = ExportConfig()
     quantize: QuantizeConfig = QuantizeConfig()
+    adapt: AdaptConfig = AdaptConfig()
     finish: FinishConfig = FinishConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     gate: GateConfig = GateConfig()

@@ -15,8 +15,8 @@ class ResumeConfig(Section):
     minutes: float = Field(
         5,
         ge=0,
-        description="Minutes between two checkpoints within training, recovery, extension and finishing; 0: none by "
-        "time. Two are kept, each about 12 bytes a trained parameter.",
+        description="Minutes between two checkpoints within training, recovery, extension, adapting and finishing; 0: "
+        "none by time. Two are kept, each about 12 bytes a trained parameter.",
     )
     steps: int = Field(
         0,

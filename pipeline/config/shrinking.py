@@ -21,7 +21,7 @@ class CalibrationConfig(Section):
     text: str = Field("", description="A text file, local or in a bucket, to calibrate on too.")
     max_tokens: int = Field(32_768, ge=256, description="Calibration tokens at most, evenly from every kind of text.")
     validation: Annotated[float, Field(gt=0, le=0.5)] = Field(
-        0.1, description="Share of it that recovery and finishing stop by instead of learning from."
+        0.1, description="Share of it that recovery, adapting and finishing stop by instead of learning from."
     )
 
 
@@ -77,18 +77,24 @@ class SparsityConfig(Section):
         return self
 
 
-class RecoverConfig(Section):
-    """Training the weights that pruning left, the mask fixed, to predict what the tuned model predicts."""
+class DistillConfig(Section):
+    """A training to predict what the tuned model predicts."""
 
-    steps: int = Field(120, ge=0, description="Optimizer steps; 0: no recovery.")
+    steps: int = Field(120, ge=0, description="Optimizer steps; 0: none.")
     batch_tokens: int = Field(512, ge=32, description="Tokens a step at most; more small steps do more.")
     learning_rate: float = Field(1e-4, gt=0, le=1, description="The highest learning rate of the schedule.")
-    features: float = Field(
-        0.0, ge=0, description="Weight of the difference in the blocks' outputs, beside that in the predictions."
-    )
     patience: int = Field(3, ge=1, description="Stop after this many validations without a lower loss.")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="Of the arithmetic. auto: bf16 where the GPU or CPU has instructions for it."
+    )
+
+
+class RecoverConfig(DistillConfig):
+    """Training the weights that pruning left, the mask fixed, to predict what the tuned model predicts."""
+
+    steps: int = Field(120, ge=0, description="Optimizer steps; 0: no recovery.")
+    features: float = Field(
+        0.0, ge=0, description="Weight of the difference in the blocks' outputs, beside that in the predictions."
     )
 
 
@@ -139,7 +145,13 @@ class QuantizeConfig(Section):
         return self
 
 
-class FinishConfig(Section):
+class AdaptConfig(DistillConfig):
+    """Training the matrices that keep their zeros once more, beside what is rounded already."""
+
+    steps: int = Field(120, ge=0, description="Optimizer steps; 0: all matrices are rounded at once.")
+
+
+class FinishConfig(DistillConfig):
     """Training the quantized file to predict what the tuned model predicts, on its exact grid."""
 
     steps: int = Field(120, ge=0, description="Optimizer steps; 0: the file stays as it was quantized.")
@@ -148,12 +160,9 @@ class FinishConfig(Section):
         description="vectors: what the file keeps in F32 (biases, norms, positions). all: also the scales of the "
         "matrices' blocks.",
     )
-    batch_tokens: int = Field(512, ge=32, description="Tokens a step at most; more small steps do more.")
     learning_rate: float = Field(
         5e-5,
         gt=0,
         le=1,
         description="The highest learning rate of the schedule; norms and biases get 30 times that, scales 10 times.",
     )
-    patience: int = Field(3, ge=1, description="Stop after this many validations without a lower loss.")
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="As in recovery.")

@@ -24,6 +24,7 @@ METRICS = {
     **{f"perplexity:{stage}": rf"evaluate: {stage}: perplexity {NUMBER}" for stage in STAGES},
     **{f"ratio:{stage}": rf"evaluate: {stage}: perplexity [0-9.]+, {NUMBER} times" for stage in STAGES},
     "recover:kl": rf"recover: step [0-9]+ of [0-9]+, validation KL {NUMBER}",
+    "adapt:kl": rf"adapt: step [0-9]+ of [0-9]+, validation KL {NUMBER}",
     "finish:kl": rf"finish: step [0-9]+ of [0-9]+, validation KL {NUMBER}",
     "sparsity": rf"sparsify: share of zeros {NUMBER}",
     "megabytes": rf"quantize: \S+ {NUMBER} MB",
