@@ -164,5 +164,5 @@ class FinishConfig(DistillConfig):
         5e-5,
         gt=0,
         le=1,
-        description="The highest learning rate of the schedule; norms and biases get 30 times that, scales 10 times.",
+        description="The highest learning rate of the schedule; norms and biases get 3 times that, scales 10 times.",
     )
