@@ -57,7 +57,7 @@ class Effort:
 
     recover_steps: int = 120
     adapt_steps: int = 260
-    finish_steps: int = 65
+    finish_steps: int = 45
     batch_tokens: int = 512
     recover_rate: float = 2e-4
     adapt_rate: float = 2e-4
