@@ -27,7 +27,7 @@ from pipeline.versions import PACKAGES, revision
 from pipeline.work_folder import check_work_dir
 
 # What room.py asks for GPT-2 with the default settings; another base model needs more or less.
-GPT2_DISK_BYTES = 2_750_000_000
+GPT2_DISK_BYTES = 2_900_000_000
 GPT2_MEMORY_BYTES = 2_900_000_000
 SHM_BYTES = 64 << 20  # docker's default, with which jobs on one GPU run
 GB = 1e9
