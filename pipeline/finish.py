@@ -34,10 +34,10 @@ from pipeline.rewrite import rewrite
 
 log = logging.getLogger(__name__)
 
-# Times the learning rate. A gain is relative to its scale, so it bears larger steps than a weight does: of gains, 10 did
-# more than 3 in 16 steps. Norms and biases bear larger ones too, but adapting has trained them already: on SmolLM2 after
-# it, vectors at 30 went from 0.482 nats a token to 0.51 at once and were at 0.486 after 150 steps; at 3 they went from
-# 0.470 to 0.452 in 90.
+# Times the learning rate. A gain is relative to its scale, so it bears larger steps than a weight does: of gains, 10
+# did more than 3 in 16 steps. Norms and biases bear larger ones too, but adapting has trained them already: on SmolLM2
+# after it, vectors at 30 went from 0.482 nats a token to 0.51 at once and were at 0.486 after 150 steps; at 3 they went
+# from 0.470 to 0.452 in 90.
 VECTOR_RATE = 3.0
 GAIN_RATE = 10.0
 
