@@ -9,7 +9,7 @@ two halves, the second trained beside the first, gained nothing.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,6 @@ from pipeline.distill import Recipe
 from pipeline.encode import encode_model, to_adapt
 from pipeline.gguf_file import GgufContents
 from pipeline.gguf_weights import freeze_rounded, load_weights, matrix_types, write_kquants, write_vectors
-from pipeline.kquants import KTYPES
 from pipeline.loading import load_fp32
 from pipeline.matrices import block_matrices, weight_of
 from pipeline.recover import recover_model
@@ -74,7 +73,7 @@ class Adapter:
         if not self.adapting:
             return "adapt.steps is 0, or quantize.encoder is llama.cpp"
         stored = GgufContents(file.path).matrices.items()
-        if to_adapt(of_our_encoder({name: tensor.tensor_type.name for name, tensor in stored}), self.keep_zeros):
+        if to_adapt({name: tensor.tensor_type.name for name, tensor in stored}, self.keep_zeros):
             return None
         return "no matrix was rounded from its weights before pruning beside others that keep their zeros"
 
@@ -82,7 +81,7 @@ class Adapter:
         """Trains and rounds what `path` holds, and writes it over it."""
         train, validation = (load_calibration(self.calibration, split) for split in ("train", "validation"))
         student = load_fp32(self.recovered, self.device)
-        types = to_adapt(of_our_encoder(matrix_types(student, path)), self.keep_zeros)
+        types = to_adapt(matrix_types(student, path), self.keep_zeros)
         put_beside(student, path, types)
         teacher = load_fp32(self.tuned, self.device)
         recipe = Recipe.of(self.cfg, self.device, self.seed)
@@ -98,10 +97,6 @@ class Adapter:
             facts["validation_kl"],
         )
         return facts | {"encoded_tensors": len(types)}
-
-
-def of_our_encoder(types: Mapping[str, str]) -> dict[str, str]:
-    return {name: kind for name, kind in types.items() if kind in KTYPES}
 
 
 @torch.no_grad()

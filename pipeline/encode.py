@@ -60,12 +60,14 @@ def take_unpruned(
 
 
 def to_adapt(types: Mapping[str, str], keep_zeros: bool) -> dict[str, str]:
-    """Those block matrices of `types` (module name to k-quant) that are worth training and rounding after the others.
+    """Those block matrices of `types` (name to tensor type) that are worth training and rounding after the others.
 
-    They keep their zeros, and the others do not, which are rounded from weights that these were not fitted to.
+    Our encoder knows their types, and they keep their zeros beside others that do not: those are rounded from weights
+    that these were not fitted to.
     """
-    found = {name: kind for name, kind in types.items() if name != HEAD and not loses_zeros(kind, keep_zeros)}
-    return found if len(found) < sum(name != HEAD for name in types) else {}
+    ours = {name: kind for name, kind in types.items() if name != HEAD and kind in KTYPES}
+    found = {name: kind for name, kind in ours.items() if not loses_zeros(kind, keep_zeros)}
+    return found if len(found) < len(ours) else {}
 
 
 @torch.no_grad()
