@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -56,6 +57,19 @@ def gcs_bucket_uri(gcs_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
     bucket = f"quotes-{uuid.uuid4().hex[:12]}"
     storage.Client(project="test").create_bucket(bucket)
     return f"gs://{bucket}"
+
+
+@pytest.fixture
+def dead_gcs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nobody answers where gs:// is; there is one try, and 5 s for it."""
+    from pipeline import retrying
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{free.getsockname()[1]}")
+        monkeypatch.setattr(retrying, "BUDGET_SECONDS", 5.0)
+        monkeypatch.setattr(retrying, "FIRST_PAUSE_SECONDS", 1000.0)
+        yield
 
 
 @pytest.fixture(scope="session")

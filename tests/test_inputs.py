@@ -1,12 +1,10 @@
 from __future__ import annotations
 
 import os
-import socket
 from pathlib import Path
 
 import pytest
 
-from pipeline import retrying
 from pipeline.config import DataConfig
 from pipeline.errors import ConfigError, DataError, InputMissing, ServiceUnavailable
 from pipeline.inputs import content_hash, resolve
@@ -96,14 +94,9 @@ def test_a_missing_bucket_is_missing_input(gcs_bucket_uri: str) -> None:
             resolve((uri,), DataConfig())
 
 
-def test_a_dead_endpoint_is_an_unavailable_service(monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{free.getsockname()[1]}")
-        monkeypatch.setattr(retrying, "BUDGET_SECONDS", 5.0)
-        monkeypatch.setattr(retrying, "FIRST_PAUSE_SECONDS", 1000.0)  # so that there is one try
-        with pytest.raises(ServiceUnavailable, match=r"does not answer.* within 5 s"):
-            resolve(("gs://bucket/a.txt",), DataConfig())
+def test_a_dead_endpoint_is_an_unavailable_service(dead_gcs: None) -> None:
+    with pytest.raises(ServiceUnavailable, match=r"does not answer.* within 5 s"):
+        resolve(("gs://bucket/a.txt",), DataConfig())
 
 
 def test_a_file_name_that_is_not_utf8_is_refused_in_a_sentence(tmp_path):

@@ -1,13 +1,12 @@
 from __future__ import annotations
 
 import os
-import socket
 from pathlib import Path
 
 import pytest
 from google.api_core import exceptions as api
 
-from pipeline import errors, retrying
+from pipeline import errors
 from pipeline.storage import gs, open_store
 from tests.fault_proxy import before
 
@@ -22,16 +21,11 @@ def test_a_missing_bucket_is_missing_input(gcs_bucket_uri: str) -> None:
         open_store("gs:///x")
 
 
-def test_a_dead_endpoint_is_unavailable_within_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{free.getsockname()[1]}")
-        monkeypatch.setattr(retrying, "BUDGET_SECONDS", 5.0)
-        monkeypatch.setattr(retrying, "FIRST_PAUSE_SECONDS", 1000.0)  # so that there is one try
-        store = open_store("gs://bucket/x")
-        for act in (store.probe, lambda: store.stat("x"), lambda: store.read("x"), lambda: list(store.list(""))):
-            with pytest.raises(errors.ServiceUnavailable, match=r"does not answer.* within 5 s"):
-                act()
+def test_a_dead_endpoint_is_unavailable_within_the_deadline(dead_gcs: None) -> None:
+    store = open_store("gs://bucket/x")
+    for act in (store.probe, lambda: store.stat("x"), lambda: store.read("x"), lambda: list(store.list(""))):
+        with pytest.raises(errors.ServiceUnavailable, match=r"does not answer.* within 5 s"):
+            act()
 
 
 def test_a_stored_gzip_object_arrives_as_stored(gcs_bucket_uri: str, tmp_path: Path) -> None:
