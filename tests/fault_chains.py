@@ -60,10 +60,10 @@ def spoil(
         place.go_on_from(reference, stages[: stage_of(at, stages)])
         for link in range(LONGEST_CHAIN):
             ended = server.start(place, fault, at)
-            with noted(tried, f"{fault} at {at}"):
+            with noted(tried, f"{fault} at {ended.spoilt or at}"):
                 if ended.happened:
                     tried.outcomes[outcome_of(fault, ended)] += 1
-                    assert_fault_is_contained(place, fault, at, ended)
+                    assert_fault_is_contained(place, fault, ended)
                 elif link:
                     once.add(at.section)
                 else:
@@ -76,7 +76,7 @@ def spoil(
             if ended.code == 0 or following is None or link == LONGEST_CHAIN - 1:
                 break
             at = following
-        if ended.code != 0 or cannot_remove(fault, at):
+        if ended.code != 0 or cannot_remove(fault, ended):
             if chain % WALKED:
                 place.go_on_from(reference, stages[stage_of(at, stages) + 1 :])
             ended = server.start(place)
@@ -107,15 +107,15 @@ def outcome_of(fault: str, ended: Ended) -> str:
     return "killed" if fault == "SIGKILL" else f"ended with code {ended.code}"
 
 
-def cannot_remove(fault: str, at: Boundary) -> bool:
+def cannot_remove(fault: str, ended: Ended) -> bool:
     """What the job itself was refused to remove is left to the next start."""
-    return fault == "I/O error" and at.call in ("unlink", "rmdir")
+    return fault == "I/O error" and ended.spoilt is not None and ended.spoilt.call in ("unlink", "rmdir")
 
 
-def assert_fault_is_contained(place: Place, fault: str, at: Boundary, ended: Ended) -> None:
+def assert_fault_is_contained(place: Place, fault: str, ended: Ended) -> None:
     assert ended.code in ENDS[fault] | {0}, f"code {ended.code}: {ended.said[-2000:]}"
     assert_nothing_is_half_done(place, ended)
-    if fault != "SIGKILL" and not cannot_remove(fault, at):
+    if fault != "SIGKILL" and not cannot_remove(fault, ended):
         # A checkpoint is copied to the bucket by a thread beside; the next start clears up when the job ended under it.
         left = [name for name in left_over(place) if "/training/" not in name]
         assert not left, f"code {ended.code} and left {left}"

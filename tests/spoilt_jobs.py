@@ -76,6 +76,7 @@ class Ended:
     left: list[str]
     happened: bool
     boundaries: list[Boundary]
+    spoilt: Boundary | None  # another call than was asked for where a thread beside has come first
     seconds: float
 
 
@@ -171,10 +172,9 @@ class JobServer:
         assert self.process.stdin and self.process.stdout
         print(json.dumps(order), file=self.process.stdin, flush=True)
         reply: dict[str, Any] = json.loads(self.process.stdout.readline())
-        happened = bool(STATE.unpack(state.read_bytes())[1]) or filler.exists()
-        return Ended(
-            reply["code"], said.read_text(), reply["left"], happened, parsed(log, place.folder), reply["seconds"]
-        )
+        boundaries, spoilt = parsed(log, place.folder)
+        happened = spoilt is not None or filler.exists()
+        return Ended(reply["code"], said.read_text(), reply["left"], happened, boundaries, spoilt, reply["seconds"])
 
     def arguments(self, place: Place) -> list[str]:
         where = {"input": place.folder / "bucket" / "in", "output": place.out, "work-dir": place.work}
@@ -182,17 +182,19 @@ class JobServer:
         return ["run", *(text for name, value in given.items() for text in (f"--{name}", str(value)))]
 
 
-def parsed(log: Path, folder: Path) -> list[Boundary]:
-    found = []
+def parsed(log: Path, folder: Path) -> tuple[list[Boundary], Boundary | None]:
+    """All boundaries, and the one that was spoilt."""
+    found, spoilt = [], None
     section, number = f"{START} (1)", 0
     for line in log.read_text().splitlines():
         if line.startswith("# "):
             section, number = line[2:], 0
             continue
-        _, _, call, path = line.split("\t")
+        _, _, call, path, note = line.split("\t")
         number += 1
         found.append(Boundary(section, number, call, without_chance(path.removeprefix(f"{folder}/"))))
-    return found
+        spoilt = found[-1] if note else spoilt
+    return found, spoilt
 
 
 def without_chance(path: str) -> str:

@@ -120,6 +120,20 @@ def test_a_job_writes_the_same_every_time(undisturbed: Undisturbed, servers: lis
     assert calls[0] == calls[1]
 
 
+def test_a_start_is_judged_by_the_call_that_was_spoilt_where_threads_have_changed_their_order(
+    undisturbed: Undisturbed, servers: list[JobServer], folder: Path
+) -> None:
+    """A file that could not be removed is then left to the next start, whichever call was asked for."""
+    boundaries = undisturbed.ended.boundaries
+    removed = next(each for each in boundaries if each.call == "unlink" and "bucket/out/runs/" in each.path)
+    asked = removed._replace(call="sync")
+    place = Place(folder / "elsewhere")
+    ended = servers[0].start(place, "I/O error", asked)
+    assert ended.spoilt and ended.spoilt.section == asked.section and ended.spoilt.number == asked.number
+    tried = spoil(servers[0], folder / "judged", "I/O error", [asked], undisturbed.place, undisturbed.stages)
+    assert not tried.problems
+
+
 def commits(boundary: Boundary) -> bool:
     """Whether somebody who reads the bucket or goes on from the work folder would believe what this writes."""
     published = boundary.path.startswith("bucket/out/") and "/checkpoints/" not in boundary.path

@@ -99,9 +99,10 @@ static int needs_room(const char *call) {
   return 0;
 }
 
-static void note(int number, const char *call, const char *path) {
+static void note(int number, const char *call, const char *path, int is_spoilt) {
   char line[PATH_MAX + 100];
-  int length = snprintf(line, sizeof line, "%d\t%d\t%s\t%s\n", number, (int)syscall(SYS_getpid), call, path);
+  int length = snprintf(line, sizeof line, "%d\t%d\t%s\t%s\t%s\n", number, (int)syscall(SYS_getpid), call, path,
+                        is_spoilt ? "spoilt" : "");
   int fd = syscall(SYS_openat, AT_FDCWD, log_path, O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC, 0644);
   if (fd >= 0) {
     syscall(SYS_write, fd, line, length);
@@ -122,7 +123,7 @@ static int is_in_vain(const char *call, const char *path) {
 static int boundary(const char *call, const char *path) {
   if (!shared || !watched(path) || is_in_vain(call, path)) return 0;
   int number = atomic_fetch_add(&shared->count, 1) + 1;
-  note(number, call, path);
+  note(number, call, path, number == shared->target);
   if (shared->happened && shared->fault == DISK_FULL) return needs_room(call) ? ENOSPC : 0;
   if (number != shared->target) return 0;
   shared->happened = 1;
