@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from pipeline import signals
 from pipeline.artifacts import Calibration, Checkpoint, Facts, GgufFile, GgufSet
 from pipeline.calibrate import load_calibration
 from pipeline.checkpoints import Checkpoints
@@ -40,7 +41,6 @@ def adapt(
     cfg: AdaptConfig,
     *,
     adapting: bool,
-    keep_zeros: bool,
     device: str,
     seed: int,
     out: Path,
@@ -49,10 +49,10 @@ def adapt(
     """Each file of `rounded`, under the same name in `out`, with its Q3_K and Q6_K block matrices rounded, which were
     left to this, after they and what the file keeps in F32 were trained beside the Q2_K ones towards `tuned`.
 
-    `adapting` and `keep_zeros` are what it was quantized with. A file without Q2_K ones stays as it was. Raises
-    `CheckFailed` when the loss is not finite, or when a file has another size or other types than before.
+    `adapting` is what it was quantized with. A file without Q2_K ones stays as it was. Raises `CheckFailed` when the
+    loss is not finite, or when a file has another size or other types than before.
     """
-    adapter = Adapter(recovered, tuned, calibration, cfg, adapting, keep_zeros, device, seed)
+    adapter = Adapter(recovered, tuned, calibration, cfg, adapting, device, seed)
     return rewrite(rounded, "adapt", adapter.reason_to_leave, adapter.adapt, out, checkpoints)
 
 
@@ -65,15 +65,13 @@ class Adapter:
     calibration: Calibration
     cfg: AdaptConfig
     adapting: bool
-    keep_zeros: bool
     device: str
     seed: int
 
     def reason_to_leave(self, file: GgufFile) -> str | None:
         if not self.adapting:
-            return "adapt.steps is 0, or quantize.encoder is llama.cpp"
-        stored = GgufContents(file.path).matrices.items()
-        if to_adapt({name: tensor.tensor_type.name for name, tensor in stored}, self.keep_zeros):
+            return "adapt.steps is 0, quantize.encoder is llama.cpp, or sparsity.keep_zeros is true"
+        if has_matrices_to_adapt(file.path):
             return None
         return "no matrix was rounded from its weights before pruning beside others that keep their zeros"
 
@@ -81,12 +79,13 @@ class Adapter:
         """Trains and rounds what `path` holds, and writes it over it."""
         train, validation = (load_calibration(self.calibration, split) for split in ("train", "validation"))
         student = load_fp32(self.recovered, self.device)
-        types = to_adapt(matrix_types(student, path), self.keep_zeros)
+        types = to_adapt(matrix_types(student, path))
         put_beside(student, path, types)
         teacher = load_fp32(self.tuned, self.device)
         recipe = Recipe.of(self.cfg, self.device, self.seed)
-        facts = recover_model(student, teacher, train, validation, recipe, checkpoints, what="adapt")
-        kquants = encode_model(student, train, types)
+        facts = recover_model(student, teacher, train, validation, recipe, checkpoints, what="adapt", keep_end=True)
+        with signals.saved():
+            kquants = encode_model(student, train, types)
         write_vectors(student, path)
         write_kquants(student, path, kquants)
         log.info(
@@ -97,6 +96,11 @@ class Adapter:
             facts["validation_kl"],
         )
         return facts | {"encoded_tensors": len(types)}
+
+
+def has_matrices_to_adapt(path: Path) -> bool:
+    stored = GgufContents(path).matrices.items()
+    return bool(to_adapt({name: tensor.tensor_type.name for name, tensor in stored}))
 
 
 @torch.no_grad()

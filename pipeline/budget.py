@@ -1,7 +1,8 @@
 """Tensor types chosen under a limit of the file's size, by what each was measured to cost.
 
 A role (ffn_up, token_embd, …: the same matrix of every block) gets one type. The costs of the roles, each rounded
-alone as it will be in the file, are added up to that of a mix, as in HAWQ-V3 (arXiv:2011.10680).
+alone by what will round it in the file, but before adapting and finishing, are added up to that of a mix, as in
+HAWQ-V3 (arXiv:2011.10680).
 """
 
 from __future__ import annotations

@@ -51,6 +51,7 @@ class Course:
     tokens: int = 0
     curve: list[Facts] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
+    ended: bool = False  # by patience perhaps, before the last step
 
 
 def resumed(

@@ -76,11 +76,13 @@ def distill(
     what: str,
     after_step: Callable[[], None] = lambda: None,
     checkpoints: Checkpoints | None = None,
+    keep_end: bool = False,
 ) -> Facts:
     """Trains `groups` of `student` in place and leaves them as they were at the lowest validation loss.
 
     Goes on from the newest of `checkpoints`, on a CPU to the same bits; `student` comes as it was before any training.
-    Raises `CheckFailed` when the loss is not finite.
+    `keep_end`: there is one of the end too, for a caller whose work after it takes long. Raises `CheckFailed` when the
+    loss is not finite.
     """
     trained = [parameter for group in groups for parameter in group.parameters]
     student.requires_grad_(False)
@@ -96,7 +98,13 @@ def distill(
     course.curve = course.curve or [point(0, started, best.loss)]
     every = max(1, math.ceil(recipe.steps / VALIDATIONS))
     batches = islice(endless(train, recipe.batch_tokens, recipe.seed), before, None)
-    for step in bar(range(before + 1, recipe.steps + 1), what, recipe.steps - before):
+
+    def save(checkpoints: Checkpoints) -> None:
+        course.seconds = time.monotonic() - started
+        checkpoints.save(course.step, lambda folder: write(folder, course, best, optimizer, schedule))
+
+    last = before if course.ended else recipe.steps
+    for step in bar(range(before + 1, last + 1), what, last - before):
         loss, counted = divergence(student, teacher, next(batches), recipe)
         descend(loss, trained, optimizer)
         schedule.step()
@@ -111,8 +119,10 @@ def distill(
             if best.take(kl) >= recipe.patience:
                 break
         if checkpoints and step < recipe.steps and checkpoints.due(step):
-            course.seconds = time.monotonic() - started
-            checkpoints.save(step, lambda folder: write(folder, course, best, optimizer, schedule))
+            save(checkpoints)
+    if keep_end and checkpoints and checkpoints.wanted and not course.ended:
+        course.ended = True
+        save(checkpoints)
     best.restore()
     return facts_of(course, best, recipe, validation) | {"resumed": before}  # step of its checkpoint; 0: from the start
 

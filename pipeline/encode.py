@@ -59,14 +59,14 @@ def take_unpruned(
     return taken
 
 
-def to_adapt(types: Mapping[str, str], keep_zeros: bool) -> dict[str, str]:
+def to_adapt(types: Mapping[str, str]) -> dict[str, str]:
     """Those block matrices of `types` (name to tensor type) that are worth training and rounding after the others.
 
     Our encoder knows their types, and they keep their zeros beside others that do not: those are rounded from weights
     that these were not fitted to.
     """
     ours = {name: kind for name, kind in types.items() if name != HEAD and kind in KTYPES}
-    found = {name: kind for name, kind in ours.items() if not loses_zeros(kind, keep_zeros)}
+    found = {name: kind for name, kind in ours.items() if not loses_zeros(kind)}
     return found if len(found) < len(ours) else {}
 
 
@@ -93,7 +93,7 @@ def kept_at_zero(weight: Tensor, kind: str, keep_zeros: bool) -> Tensor | None:
     return None if loses_zeros(kind, keep_zeros) else weight != 0
 
 
-def loses_zeros(kind: str, keep_zeros: bool) -> bool:
+def loses_zeros(kind: str, keep_zeros: bool = False) -> bool:
     return KTYPES[kind].max_min > 0 and not keep_zeros
 
 

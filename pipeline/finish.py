@@ -13,6 +13,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from pipeline.adapt import has_matrices_to_adapt
 from pipeline.artifacts import Calibration, Checkpoint, Facts, GgufFile, GgufSet
 from pipeline.calibrate import load_calibration
 from pipeline.checkpoints import Checkpoints
@@ -34,11 +35,12 @@ from pipeline.rewrite import rewrite
 
 log = logging.getLogger(__name__)
 
-# Times the learning rate. A gain is relative to its scale, so it bears larger steps than a weight does: of gains, 10
-# did more than 3 in 16 steps. Norms and biases bear larger ones too, but adapting has trained them already: on SmolLM2
-# after it, vectors at 30 went from 0.482 nats a token to 0.51 at once and were at 0.486 after 150 steps; at 3 they went
-# from 0.470 to 0.452 in 90.
-VECTOR_RATE = 3.0
+# Times the learning rate. Every token moves a norm or a bias, so they bear larger steps than matrices do; a gain is
+# relative to its scale. Measured on SmolLM2, in nats a token after 16 steps: vectors alone at 10 give 0.738, with gains
+# at 3 0.717, at 10 0.693; vectors at 30 0.686. Adapting has trained the vectors already: after it, at 30 they went from
+# 0.482 to 0.51 at once and were at 0.486 after 150 steps; at 3 they went from 0.470 to 0.452 in 90.
+VECTOR_RATE = 30.0
+ADAPTED_VECTOR_RATE = 3.0
 GAIN_RATE = 10.0
 
 
@@ -49,6 +51,7 @@ def finish(
     calibration: Calibration,
     cfg: FinishConfig,
     *,
+    adapting: bool,
     keep_zeros: bool,
     device: str,
     seed: int,
@@ -57,11 +60,11 @@ def finish(
 ) -> GgufSet:
     """Each file of `quantized` trained against `tuned`, under the same name in `out`.
 
-    F16 files are not trained. A file whose validation loss does not fall stays as it was. Raises `CheckFailed` when
-    the loss is not finite, when a file has another size or other types than before, or when a zero that `keep_zeros`
-    has kept is none any more.
+    `adapting` and `keep_zeros` are what it was quantized with. F16 files are not trained. A file whose validation loss
+    does not fall stays as it was. Raises `CheckFailed` when the loss is not finite, when a file has another size or
+    other types than before, or when a zero that `keep_zeros` has kept is none any more.
     """
-    finisher = Finisher(recovered, tuned, calibration, cfg, keep_zeros, device, seed)
+    finisher = Finisher(recovered, tuned, calibration, cfg, adapting, keep_zeros, device, seed)
     return rewrite(quantized, "finish", finisher.reason_to_leave, finisher.finish, out, checkpoints)
 
 
@@ -73,6 +76,7 @@ class Finisher:
     tuned: Checkpoint
     calibration: Calibration
     cfg: FinishConfig
+    adapting: bool
     keep_zeros: bool
     device: str
     seed: int
@@ -92,7 +96,8 @@ class Finisher:
         kquants = read_kquants(student, path) if self.cfg.train == "all" else {}
         teacher = load_fp32(self.tuned, self.device)
         recipe = Recipe.of(self.cfg, self.device, self.seed)
-        facts = finish_model(student, teacher, kquants, train, validation, recipe, checkpoints)
+        rate = ADAPTED_VECTOR_RATE if self.adapting and has_matrices_to_adapt(path) else VECTOR_RATE
+        facts = finish_model(student, teacher, kquants, train, validation, recipe, rate, checkpoints)
         write_vectors(student, path)
         write_kquants(student, path, facts.pop("kquants"))
         require_zeros(student, path, pruned)
@@ -112,16 +117,18 @@ def finish_model(
     train: Sequence[Sequence[int]],
     validation: Sequence[Sequence[int]],
     recipe: Recipe,
+    vector_rate: float = VECTOR_RATE,
     checkpoints: Checkpoints | None = None,
 ) -> Facts:
     """Trains `student`, which computes with the quantized weights, in place: those of its vectors that want a gradient,
-    and the block scales of `kquants`, by matrix name. The facts have the trained ones under `kquants`.
+    at `vector_rate` times the recipe's rate, and the block scales of `kquants`, by matrix name. The facts have the
+    trained ones under `kquants`.
     """
     modules = block_matrices(student)
     others = {id(module.weight) for module in modules.values()} | ids_of_embeddings(student)
     vectors = [p for p in student.parameters() if p.requires_grad and id(p) not in others]
     grids = {name: put_on_grid(modules[name], kquant) for name, kquant in kquants.items()}
-    groups = [Group([p for p in vectors if p.ndim > 1]), Group([p for p in vectors if p.ndim == 1], VECTOR_RATE)]
+    groups = [Group([p for p in vectors if p.ndim > 1]), Group([p for p in vectors if p.ndim == 1], vector_rate)]
     if grids:
         groups.append(Group([gain for grid in grids.values() for gain in grid.parameters()], GAIN_RATE))
     facts = distill(student, teacher, train, validation, groups, recipe, what="finish", checkpoints=checkpoints)

@@ -154,11 +154,10 @@ def make(stages: Stages, given: Given, cfg: JobConfig, ground: Ground, team: Tea
     naming: dict[str, Any] = {"tools": tools, "name": cfg.name}
     f16 = stages.run(export, final, given.corpus, tokens, cfg.export, **naming)
     kept: dict[str, Any] = {"keep_zeros": cfg.sparsity.keep_zeros, "device": device.name}
-    adapting = cfg.adapt.steps > 0 and cfg.quantize.encoder == "gptq"
-    rounded = stages.run(quantize, f16, final, tuned, calibration, cfg.quantize, adapting=adapting, **kept, **naming)
-    kept["seed"] = cfg.seed
-    quantized = stages.run(adapt, rounded, final, tuned, calibration, cfg.adapt, adapting=adapting, **kept)
-    finished = stages.run(finish, quantized, final, tuned, calibration, cfg.finish, **kept)
+    adapts: dict[str, Any] = {"adapting": cfg.adapting}
+    rounded = stages.run(quantize, f16, final, tuned, calibration, cfg.quantize, **kept, **adapts, **naming)
+    quantized = stages.run(adapt, rounded, final, tuned, calibration, cfg.adapt, **where, **adapts)
+    finished = stages.run(finish, quantized, final, tuned, calibration, cfg.finish, seed=cfg.seed, **kept, **adapts)
     models = (base, tuned, pruned, recovered, f16, quantized, finished)
     evaluation = stages.run(evaluate, *models, tokens, calibration, cfg.evaluate, cfg.fourbit, tools=tools, **where)
     return Made(tokens, final, (rounded, quantized, finished), evaluation)

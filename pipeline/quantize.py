@@ -57,10 +57,9 @@ def quantize(
 
     `model` is the checkpoint behind `f16`, measured on `calibration`; `tuned` is that before pruning. `adapting`:
     what `adapt` will round, after this, is left as llama-quantize has it. `keep_zeros`: zeros of the block matrices of
-    `model` are zeros in the file. Raises `ConfigError` for an unknown type, one that
-    loses zeros that are to be kept, a fallback where `cfg.fallback` is error, or a budget that is too small;
-    `CheckFailed` when a file is not what was foretold, `MachineError` when the disk is too small. All before the first
-    is written, if it can be.
+    `model` are zeros in the file. Raises `ConfigError` for an unknown type, one that loses zeros that are to be kept, a
+    fallback where `cfg.fallback` is error, or a budget that is too small; `CheckFailed` when a file is not what was
+    foretold, `MachineError` when the disk is too small. All before the first is written, if it can be.
     """
     check_types(cfg.types, cfg.importance)
     choice = Choice(cfg.importance)
@@ -72,10 +71,7 @@ def quantize(
     limited = [kind for kind in cfg.types if cfg.max_bytes and kind not in UNQUANTIZED]
     budget: Facts = {}
     if limited:
-        pair, held = (load_fp32(model, device), load_fp32(tuned, device)), load_calibration(calibration, "validation")
-        choice, budget = choose_types(
-            f16, *pair, held, cfg.max_bytes, choice, encoder.encode, keep_zeros=keep_zeros, tools=tools, out=out
-        )
+        choice, budget = encoder.types_within(cfg.max_bytes, f16, choice, tools, out)
         forecasts = {kind: foretell(GgufContents(f16.path), kind, tools, choice) for kind in cfg.types}
         require_disk(sum(forecast.size_bytes for forecast in forecasts.values()), out)
     files = []
@@ -87,10 +83,9 @@ def quantize(
             ours |= {"budget": budget}
         if ours.get("keep_zeros"):
             ours |= {"zeros_cost": encoder.cost_of_zeros(path, kind)}
-        files.append(described(path, kind, forecast, ours))
         if keep_zeros:
-            pruned = load_fp32(model, "cpu")
-            require_zeros(pruned, path, pruned_weights(pruned))
+            encoder.require_zeros(path)
+        files.append(described(path, kind, forecast, ours))
     return GgufSet(tuple(files))
 
 
@@ -126,11 +121,27 @@ class Encoder:
             return encode_file(model, load_tuned, sequences, path, self.keep_zeros, adapting)
         return {"encoder": "llama.cpp", "encoded_tensors": 0, "unpruned_tensors": 0}
 
+    def types_within(
+        self, max_bytes: int, f16: GgufFile, choice: Choice, tools: LlamaCpp, out: Path
+    ) -> tuple[Choice, Facts]:
+        return choose_types(
+            f16, *self.pair(), self.validation(), max_bytes, choice, self.encode,
+            keep_zeros=self.keep_zeros, tools=tools, out=out,
+        )  # fmt: skip
+
     def cost_of_zeros(self, path: Path, kind: str) -> Facts:
         free = partial(replace(self, keep_zeros=False).encode, kind=kind)
-        held = load_calibration(self.calibration, "validation")
-        pair = load_fp32(self.model, self.device), load_fp32(self.tuned, self.device)
-        return cost_of_zeros(*pair, path, held, free)
+        return cost_of_zeros(*self.pair(), path, self.validation(), free)
+
+    def require_zeros(self, path: Path) -> None:
+        pruned = load_fp32(self.model, "cpu")
+        require_zeros(pruned, path, pruned_weights(pruned))
+
+    def pair(self) -> tuple[PreTrainedModel, PreTrainedModel]:
+        return load_fp32(self.model, self.device), load_fp32(self.tuned, self.device)
+
+    def validation(self) -> list[list[int]]:
+        return load_calibration(self.calibration, "validation")
 
 
 def write_importance(model: PreTrainedModel, sequences: list[list[int]], path: Path) -> None:
@@ -172,7 +183,7 @@ def encode_file(
     kinds = matrix_types(model, path)
     known = {name: kind for name, kind in kinds.items() if kind in KTYPES}
     unpruned = take_unpruned(model, load_tuned, known, keep_zeros)
-    later = to_adapt(known, keep_zeros) if adapting else {}
+    later = to_adapt(known) if adapting else {}
     ours = {name: kind for name, kind in known.items() if name not in later}
     if ours:
         others = read_matrices(model, path, [name for name in kinds if name not in known and name != HEAD])

@@ -61,9 +61,14 @@ def recover_model(
     validation: Sequence[Sequence[int]],
     recipe: Recipe,
     checkpoints: Checkpoints | None = None,
+    *,
     what: str = "recover",
+    keep_end: bool = False,
 ) -> Facts:
-    """Trains `student` in place with the mask of its zeros fixed. Embeddings, head, and what wants no gradient stay."""
+    """Trains `student` in place with the mask of its zeros fixed. Embeddings, head, and what wants no gradient stay.
+
+    The other parameters are as in `distill`.
+    """
     modules = [module for module in block_matrices(student).values() if module.weight.requires_grad]
     masked = [(weight, weight != 0) for weight in map(weight_of, modules)]
     fixed = ids_of_embeddings(student)
@@ -85,6 +90,7 @@ def recover_model(
         what=what,
         after_step=keep_zeros,
         checkpoints=checkpoints,
+        keep_end=keep_end,
     )
 
 

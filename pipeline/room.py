@@ -92,7 +92,7 @@ def checkpoints_needed(base: Checkpoint, cfg: JobConfig) -> dict[str, int]:
     return {
         "finetune": (KEPT + 1) * a_training,
         "recover": (KEPT + 1) * a_distillation if cfg.recover.steps else 0,
-        "adapt": (KEPT + 1) * a_distillation if cfg.adapt.steps else 0,
+        "adapt": (KEPT + 1) * a_distillation if cfg.adapting else 0,
         "finish": (KEPT + 1) * 4 * scales if cfg.finish.steps else 0,
     }
 
@@ -146,7 +146,7 @@ def memory_needed(base: Checkpoint, cfg: JobConfig) -> int:
     """
     weights, trained = weight_bytes(base), trained_bytes(base)
     stages = [weights + 3 * (weights if cfg.train.method == "full" else 0)]  # gradients and Adam's two
-    if cfg.recover.steps or cfg.adapt.steps:
+    if cfg.recover.steps or cfg.adapting:
         stages.append(2 * weights + 4 * trained)  # student, teacher; gradients, Adam's two, the best so far
     if cfg.finish.steps and cfg.finish.train == "all":
         stages.append(2 * weights + trained)  # student, teacher; what the student's matrices decode to

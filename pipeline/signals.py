@@ -129,6 +129,19 @@ def patient() -> Iterator[None]:
         stop()
 
 
+@contextmanager
+def saved() -> Iterator[None]:
+    """Within `patient`: what is done is saved and the block cannot go on from its middle, so a first signal becomes an
+    exception at once."""
+    before, state.saves = state.saves, False
+    try:
+        if is_stopping():
+            stop()
+        yield
+    finally:
+        state.saves = before
+
+
 def is_stopping() -> bool:
     return state.received is not None
 

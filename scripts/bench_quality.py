@@ -5,12 +5,13 @@
     python scripts/bench_quality.py --part prose                 a pretrained model on general prose
 
 Both take the model that BASE_MODEL names: a hub id (openai-community/gpt2) or a folder. Without it, `chain` takes the
-GPT-2 that STANDIN_GPT2 names, and `prose` the pretrained SmolLM2-135M of a PyPI wheel. What is already in --work is not
-made again, so a bench that was stopped goes on.
+GPT-2 that STANDIN_GPT2 names, and `prose` the pretrained SmolLM2-135M of a PyPI wheel. What the same code has made in
+--work is not made again, so a bench that was stopped goes on.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -26,12 +27,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as entrypoint.py does, before torch is imported
 
+import quality_prose  # noqa: E402
 import torch  # noqa: E402
 from quality_chain import chain  # noqa: E402
 from quality_prose import Bench, Effort, minutes_and_losses, steps  # noqa: E402
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
-from pipeline import logs, metrics  # noqa: E402
+from pipeline import logs, metrics, stage  # noqa: E402
 from pipeline.base_model import obtain  # noqa: E402
 from pipeline.config import ModelConfig  # noqa: E402
 from pipeline.device import choose_device  # noqa: E402
@@ -48,7 +50,12 @@ def prose_rows(base: str, work: Path) -> list[dict[str, Any]]:
     if not (model / "config.json").exists():
         model.mkdir(parents=True, exist_ok=True)
         obtain(ModelConfig(base=offline_model() if base == OFFLINE else base), out=model)
-    return steps(Bench(model, folder / "prose", choose_device("auto").name, Effort()))
+    return steps(Bench(model, folder / f"prose-{code()}", choose_device("auto").name, Effort()))
+
+
+def code() -> str:
+    """A hash of what makes the rows of prose: one of other code is another row, whatever its name."""
+    return hashlib.sha256(stage.code_digest().encode() + Path(quality_prose.__file__).read_bytes()).hexdigest()[:16]
 
 
 def offline_model() -> str:

@@ -28,7 +28,7 @@ from pipeline.config import SparsityConfig
 from pipeline.device import arithmetic_of
 from pipeline.distill import Recipe
 from pipeline.encode import encode_model, padded, take_unpruned, whole_blocks
-from pipeline.finish import finish_model
+from pipeline.finish import ADAPTED_VECTOR_RATE, finish_model
 from pipeline.kquants import KQuant, unpack
 from pipeline.loading import load_fp32
 from pipeline.matrices import block_matrices, weight_of
@@ -178,7 +178,8 @@ class Bench:
         def change(model: PreTrainedModel) -> dict[str, Any]:
             recipe = self.recipe(self.effort.finish_steps, self.effort.finish_rate, seed=2)
             kquants = self.kquants(encoded)
-            facts = finish_model(model, self.load("dense"), kquants, self.train, self.validation, recipe)
+            given = self.load("dense"), kquants, self.train, self.validation, recipe, ADAPTED_VECTOR_RATE
+            facts = finish_model(model, *given)
             return {key: value for key, value in facts.items() if key != "kquants"}
 
         return change

@@ -1,12 +1,16 @@
+import signal
+
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from pipeline import adapt as stage
+from pipeline import signals
 from pipeline.adapt import adapt
 from pipeline.artifacts import GgufSet, sha256_of
-from pipeline.config import AdaptConfig
+from pipeline.checkpoints import Checkpoints
+from pipeline.config import AdaptConfig, ResumeConfig
 from pipeline.gguf_f16 import store_as_f16
 from pipeline.gguf_file import GgufContents
 from pipeline.gguf_weights import matrix_types
@@ -31,11 +35,11 @@ CFG = AdaptConfig(steps=4, batch_tokens=64, learning_rate=3e-4, precision="fp32"
 
 @pytest.fixture
 def run(recovered, tuned, calibration, tmp_path):  # noqa: F811
-    def adapted(*files, name="out", adapting=True, keep_zeros=False, checkpoints=None, **settings):
+    def adapted(*files, name="out", adapting=True, checkpoints=None, **settings):
         out = tmp_path / name
         out.mkdir(exist_ok=True)
         cfg = CFG.model_copy(update=settings)
-        given = {"adapting": adapting, "keep_zeros": keep_zeros, "device": "cpu", "seed": 1, "checkpoints": checkpoints}
+        given = {"adapting": adapting, "device": "cpu", "seed": 1, "checkpoints": checkpoints}
         found = adapt(GgufSet(files), recovered, tuned, calibration, cfg, **given, out=out).files
         assert [file.path for file in found] == [out / file.path.name for file in files]
         return found if len(files) > 1 else found[0]
@@ -114,16 +118,11 @@ def test_the_same_seed_gives_the_same_file(run, quantized):  # noqa: F811
 
 
 @on_gpt2
-@pytest.mark.parametrize(
-    ("settings", "reason"),
-    [
-        ({"adapting": False}, "adapt.steps is 0, or quantize.encoder is llama.cpp"),
-        ({"keep_zeros": True}, "no matrix was rounded from its weights before pruning"),
-    ],
-)
-def test_where_there_is_nothing_to_adapt_the_file_stays_as_it_is(run, quantized, settings, reason):  # noqa: F811
-    adapted = run(quantized, **settings)
-    assert adapted.facts["adapt"]["reason"].startswith(reason)
+def test_a_file_that_is_not_to_be_adapted_stays_as_it_is(run, quantized):  # noqa: F811
+    adapted = run(quantized, adapting=False)
+    assert adapted.facts["adapt"] == {
+        "reason": "adapt.steps is 0, quantize.encoder is llama.cpp, or sparsity.keep_zeros is true"
+    }
     assert sha256_of(adapted.path) == adapted.sha256 == quantized.sha256
     assert adapted.facts["tensor_types"] == quantized.facts["tensor_types"]
 
@@ -164,3 +163,34 @@ def test_of_several_files_each_goes_on_from_checkpoints_of_its_own(run, quantize
     again = run(*files, name="died", checkpoints=kept(tmp_path / "kept"))
     assert [file.facts["adapt"]["resumed"] for file in again] == [2, 0]
     assert {file.sha256 for file in again} == {whole.sha256}
+
+
+@on_gpt2
+@pytest.mark.parametrize("patience", [1, 9])
+def test_a_start_that_was_stopped_while_rounding_goes_on_behind_the_training(
+    run,
+    quantized,  # noqa: F811
+    patience,
+    tmp_path,
+):
+    """And stops at once: there is nothing to save, and rounding takes minutes."""
+    settings = {"patience": patience, "learning_rate": 3e-1 if patience == 1 else CFG.learning_rate}
+    whole = run(quantized, **settings)
+    assert (whole.facts["adapt"]["steps"] < CFG.steps) == (patience == 1)
+
+    def stopped(model, sequences, types):
+        signals.on_signal(signal.SIGTERM, None)
+        raise AssertionError("went on")
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(signals.Stopped):
+        for name in ("received", "owed"):  # put back afterwards
+            patch.setattr(signals.state, name, getattr(signals.state, name))
+        patch.setattr(stage, "encode_model", stopped)
+        with signals.unwinding(), signals.patient():
+            run(quantized, name="stopped", checkpoints=Checkpoints(tmp_path / "kept", ResumeConfig()), **settings)
+    with pytest.MonkeyPatch.context() as patch:
+        die_after(1, patch)  # trains no step again
+        again = run(quantized, name="stopped", checkpoints=Checkpoints(tmp_path / "kept", ResumeConfig()), **settings)
+    facts = again.facts["adapt"]
+    assert facts["resumed"] == facts["steps"] == whole.facts["adapt"]["steps"]
+    assert again.sha256 == whole.sha256

@@ -160,14 +160,13 @@ def test_a_text_of_a_few_tokens_or_of_one_word_is_enough_to_encode(sequences):
 
 
 @pytest.mark.parametrize(
-    ("types", "keep_zeros", "expected"),
+    ("types", "expected"),
     [
-        ({"a": "Q2_K", "b": "Q3_K", "c": "Q6_K", HEAD: "Q6_K"}, False, {"b": "Q3_K", "c": "Q6_K"}),
-        ({"a": "Q2_K", "b": "Q3_K", HEAD: "Q6_K"}, True, {}),
-        ({"b": "Q3_K", "c": "Q6_K", HEAD: "Q2_K"}, False, {}),
-        ({"a": "Q2_K", HEAD: "Q6_K"}, False, {}),
-        ({}, False, {}),
+        ({"a": "Q2_K", "b": "Q3_K", "c": "Q6_K", "d": "Q4_K", HEAD: "Q6_K"}, {"b": "Q3_K", "c": "Q6_K"}),
+        ({"b": "Q3_K", "c": "Q6_K", HEAD: "Q2_K"}, {}),
+        ({"a": "Q2_K", HEAD: "Q6_K"}, {}),
+        ({}, {}),
     ],
 )
-def test_adapted_are_matrices_that_keep_zeros_beside_others_that_do_not(types, keep_zeros, expected):
-    assert to_adapt(types, keep_zeros) == expected
+def test_adapted_are_matrices_that_keep_zeros_beside_others_that_do_not(types, expected):
+    assert to_adapt(types) == expected

@@ -21,7 +21,7 @@ from pipeline.gguf_names import matrix_names
 from pipeline.gguf_proof import measure
 from pipeline.gguf_weights import load_weights, read_kquants, write_kquants
 from pipeline.kept_zeros import require_zeros
-from pipeline.llama_cpp import logits
+from pipeline.llama_cpp import logits, quantize
 from pipeline.matrices import block_matrices, weight_of
 from pipeline.scoring import torch_logits
 from tests.calibrated import calibration_in
@@ -78,11 +78,11 @@ def quantized(recovered, llama_cpp, tmp_path_factory):
 
 @pytest.fixture
 def run(recovered, tuned, calibration, tmp_path):
-    def finished(file, name="out", seed=1, keep_zeros=False, **settings):
+    def finished(file, name="out", seed=1, adapting=False, keep_zeros=False, **settings):
         out = tmp_path / name
         out.mkdir()
         cfg = CFG.model_copy(update=settings)
-        given = {"keep_zeros": keep_zeros, "device": "cpu", "seed": seed, "out": out}
+        given = {"adapting": adapting, "keep_zeros": keep_zeros, "device": "cpu", "seed": seed, "out": out}
         result = finish(GgufSet((file,)), recovered, tuned, calibration, cfg, **given)
         assert result.files[0].path == out / file.path.name
         return result.files[0]
@@ -161,6 +161,31 @@ def test_vectors_alone_change_nothing_that_is_quantized(run, quantized):
         int(tensor.n_elements) for tensor in GgufContents(quantized.path).tensors.values()
         if tensor.tensor_type.name == "F32"
     )  # fmt: skip
+
+
+@on_gpt2
+@pytest.mark.parametrize(
+    ("adapting", "kind", "rate"),
+    [
+        (True, "Q2_K", stage.ADAPTED_VECTOR_RATE),
+        (True, "Q3_K_S", stage.VECTOR_RATE),
+        (False, "Q2_K", stage.VECTOR_RATE),
+    ],
+)
+def test_norms_and_biases_take_smaller_steps_where_adapting_has_trained_them(
+    run, quantized, recovered, adapting, kind, rate, llama_cpp, tmp_path, monkeypatch
+):
+    seen = []
+
+    def look(student, teacher, train, validation, groups, recipe, **given):
+        seen.extend(group.rate for group in groups)
+        return distill.distill(student, teacher, train, validation, groups, recipe, **given)
+
+    monkeypatch.setattr(stage, "distill", look)
+    path = tmp_path / f"toy-{kind}.gguf"
+    quantize(llama_cpp, quantized.path.with_name("toy-F16.gguf"), path, kind, [])
+    run(described(path, kind), adapting=adapting, train="vectors", steps=1)
+    assert seen == [1.0, rate]
 
 
 @on_gpt2
@@ -244,7 +269,7 @@ def test_of_several_files_each_goes_on_from_checkpoints_of_its_own(
     shutil.copyfile(quantized.path, other)
     files = GgufSet((quantized, described(other)))
     whole = run(quantized)
-    given = {"keep_zeros": False, "device": "cpu", "seed": 1, "out": tmp_path / "died"}
+    given = {"adapting": False, "keep_zeros": False, "device": "cpu", "seed": 1, "out": tmp_path / "died"}
     given["checkpoints"] = kept(tmp_path / "kept")
     given["out"].mkdir()
     with pytest.MonkeyPatch.context() as patch:

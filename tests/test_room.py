@@ -143,7 +143,13 @@ def test_estimates_follow_the_settings(base, tmp_path):
     assert disk() < disk(**{"train.select_best": "true", "tokens.validation": "0.1"})
     assert checkpoints("finetune") >= 10 * checkpoints("finetune", **{"train.method": "lora"})
     assert checkpoints("recover") > 0 == checkpoints("recover", **{"recover.steps": "0"})
-    assert checkpoints("adapt") == checkpoints("recover") and checkpoints("adapt", **{"adapt.steps": "0"}) == 0
+    assert checkpoints("adapt") == checkpoints("recover")
+    for without in ({"adapt.steps": "0"}, {"quantize.encoder": "llama.cpp"}, {"sparsity.keep_zeros": "true"}):
+        assert checkpoints("adapt", **without) == 0
+        no_training = {"recover.steps": "0", "train.method": "lora"}
+        assert memory_needed(base, job(tmp_path, **no_training, **without)) < memory_needed(
+            base, job(tmp_path, **no_training)
+        )
     assert checkpoints("finish", **{"resume.minutes": "0"}) == 0 < checkpoints("finish", **{"resume.steps": "9"})
     lean = {"train.method": "lora", "recover.steps": "0", "adapt.steps": "0", "finish.train": "vectors"}
     assert memory_needed(base, job(tmp_path)) > memory_needed(base, job(tmp_path, **lean))

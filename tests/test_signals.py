@@ -222,6 +222,13 @@ def test_saving_that_takes_too_long_leaves_time_to_clean_up(what, script):
 
 
 @FAULT
+def test_patient_work_that_has_saved_everything_is_unwound_at_once(script):
+    saved = PATIENT.replace("WORK", "with signals.saved(): time.sleep(60)")
+    returned, out, _, seconds = stopped(script("signals.state.grace_seconds = 60\n" + saved), signal.SIGTERM)
+    assert (returned, out) == (143, "cleaned up\n") and seconds < 5
+
+
+@FAULT
 def test_a_second_signal_ends_patient_work_at_once(script):
     slow = "signals.state.grace_seconds = 60\n" + PATIENT.replace("WORK", LONG["a step"])
     returned, out, _, seconds = stopped(script(slow), signal.SIGTERM, signal.SIGTERM)

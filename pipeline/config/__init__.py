@@ -100,6 +100,11 @@ class JobConfig(Section):
     lease: LeaseConfig = LeaseConfig()
     nodes: NodesConfig = NodesConfig()
 
+    @property
+    def adapting(self) -> bool:
+        """Whether matrices are left to `adapt`, as far as the settings say: some files have none for it."""
+        return self.adapt.steps > 0 and self.quantize.encoder == "gptq" and not self.sparsity.keep_zeros
+
     @field_validator("work_dir")
     @classmethod
     def at_home(cls, path: Path) -> Path:

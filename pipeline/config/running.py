@@ -16,7 +16,7 @@ class ResumeConfig(Section):
         5,
         ge=0,
         description="Minutes between two checkpoints within training, recovery, extension, adapting and finishing; 0: "
-        "none by time. Two are kept, each about 12 bytes a trained parameter.",
+        "none by time. Two are kept, each 12 to 16 bytes a trained parameter.",
     )
     steps: int = Field(
         0,

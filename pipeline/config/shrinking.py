@@ -80,7 +80,7 @@ class SparsityConfig(Section):
 class DistillConfig(Section):
     """A training to predict what the tuned model predicts."""
 
-    steps: int = Field(120, ge=0, description="Optimizer steps; 0: none.")
+    steps: int
     batch_tokens: int = Field(512, ge=32, description="Tokens a step at most; more small steps do more.")
     learning_rate: float = Field(1e-4, gt=0, le=1, description="The highest learning rate of the schedule.")
     patience: int = Field(3, ge=1, description="Stop after this many validations without a lower loss.")
@@ -148,7 +148,12 @@ class QuantizeConfig(Section):
 class AdaptConfig(DistillConfig):
     """Training the matrices that keep their zeros once more, beside what is rounded already."""
 
-    steps: int = Field(120, ge=0, description="Optimizer steps; 0: all matrices are rounded at once.")
+    steps: int = Field(
+        120,
+        ge=0,
+        description="Optimizer steps; 0: all matrices are rounded at once, as they are with sparsity.keep_zeros, with "
+        "quantize.encoder llama.cpp, and in a file without Q2_K matrices.",
+    )
 
 
 class FinishConfig(DistillConfig):
@@ -164,5 +169,6 @@ class FinishConfig(DistillConfig):
         5e-5,
         gt=0,
         le=1,
-        description="The highest learning rate of the schedule; norms and biases get 3 times that, scales 10 times.",
+        description="The highest learning rate of the schedule; scales get 10 times that, norms and biases 3 times in "
+        "an adapted file and 30 times in another.",
     )
