@@ -19,7 +19,7 @@ from typing import Any
 
 import click
 
-from pipeline import __version__, logs, platforms
+from pipeline import __version__, logs, openmp, platforms
 from pipeline.disk import as_machine_error
 from pipeline.errors import NotAllowed, QuotesmithError
 from pipeline.foreign_text import printable
@@ -193,9 +193,7 @@ def main(root: Path = Path("/")) -> None:
 
 def prepare_environment() -> None:
     """What libraries read from the environment while they are imported."""
-    # OpenMP's threads spin while they wait. On a machine with other work, or in a container with less CPU time than
-    # cores, each waits for one that is not running: a training step was 11 times slower than with threads that sleep.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    openmp.spin_briefly()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else torch's own lines among ours, about tries to connect
     if not logs.on_terminal():
         os.environ.setdefault("TQDM_DISABLE", "1")

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from pipeline import groups, signals
+from pipeline import groups, heap, openmp, signals
 from pipeline.disk import is_full
 from pipeline.errors import CheckFailed, MachineError, TryLater
 from pipeline.meter import saw_tool
@@ -90,10 +90,9 @@ def started(
     """
     # llama.cpp takes options from LLAMA_ARG_* too, torchrun from PET_*; what runs here depends on its arguments alone
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("LLAMA_", "PET_"))}
-    # OpenMP threads that wait by spinning keep a shared CPU from the one they wait for: on two busy cores GPT-2's
-    # size made 1 token a second with the default, 13 with this; on idle cores 110 and 103.
-    environment.setdefault("GOMP_SPINCOUNT", "1000")
+    openmp.spin_briefly(environment)
     environment |= env or {}
+    heap.give_back()  # the program may need it
     with tempfile.TemporaryFile() as stderr:
         process = None
         try:

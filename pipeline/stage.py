@@ -19,7 +19,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from pydantic import BaseModel, TypeAdapter
 
-from pipeline import signals
+from pipeline import heap, signals
 from pipeline.artifacts import Facts
 from pipeline.checkpoints import Checkpoints
 from pipeline.config import ResumeConfig
@@ -112,7 +112,7 @@ class Stages:
                 signals.patient() if given and checkpoints.wanted else nullcontext(),
             ):
                 log.info("%s: started", name)
-                with Meter() as meter, device_errors(name):
+                with Meter() as meter, device_errors(name), heap.reused():
                     artifact = stage(*inputs, **context, **given, out=out)
                 record = StageRecord(name, fingerprint, meter.seconds, meter.peak_bytes, meter.peak_gpu_bytes, False)
                 write_marker(out, artifact, kind, record)

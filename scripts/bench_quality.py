@@ -25,7 +25,9 @@ import click
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as entrypoint.py does, before torch is imported
+from pipeline import openmp  # noqa: E402
+
+openmp.spin_briefly()  # as entrypoint.py does, before torch is imported
 
 import quality_prose  # noqa: E402
 import torch  # noqa: E402

@@ -21,7 +21,7 @@ from prose import prose, windows
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, PreTrainedModel
 
-from pipeline import ledger
+from pipeline import heap, ledger
 from pipeline.activations import fast_arithmetic, input_squares
 from pipeline.artifacts import Checkpoint
 from pipeline.config import SparsityConfig
@@ -103,7 +103,7 @@ class Bench:
         kept = self.folder / f"{name}.json"
         if not kept.exists():
             model = self.load(start)
-            with Meter() as meter:
+            with Meter() as meter, heap.reused():
                 facts = change(model) or {}
             model.save_pretrained(self.folder / name)
             row = {"step": name, "from": start, **self.score(model), "seconds": meter.seconds, "facts": facts}

@@ -16,17 +16,25 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from pipeline import heap, openmp
+
 if TYPE_CHECKING:
     from pipeline.llama_cpp import LlamaCpp
 
 pytest_plugins = ["tests.fault_record", "tests.places"]
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as entrypoint.py does, before torch is imported
+openmp.spin_briefly()  # as entrypoint.py does, before torch is imported
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # each core has a worker of its own
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quotesmith"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def reused_heap() -> Iterator[None]:
+    with heap.reused():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -39,7 +39,6 @@ SMALL = {
     "calibration.max-tokens": 1000,
     "sparsity.refit": "false",
     "recover.steps": 2,
-    "quantize.encoder": "llama.cpp",
     "adapt.steps": 2,
     "finish.steps": 2,
     "evaluate.max-quotes": 2,

@@ -457,9 +457,11 @@ def test_a_signal_while_torch_is_imported_ends_it_at_once(number, after, tmp_pat
     assert time.monotonic() - begun < 25
 
 
-def start(toy_gpt2, folder, *more):
+def start(model, folder, *more):
+    """A job on a model that is given by its settings."""
     command = [sys.executable, "entrypoint.py", "run", "--input", f"{folder}/bucket/in", "--log-format", "text"]
-    command += ["--output", f"{folder}/bucket/out", "--work-dir", f"{folder}/work", "--model.base", str(toy_gpt2)]
+    command += ["--output", f"{folder}/bucket/out", "--work-dir", f"{folder}/work"]
+    command += [text for name, value in model.items() for text in (f"--{name.replace('_', '-')}", value)]
     command += ["--evaluate.samples", "1", "--evaluate.max-new-tokens", "8"]
     command += ["--calibration.generated", "8", "--recover.steps", "1"]
     command += ["--adapt.steps", "1", "--finish.steps", "1", *more]
@@ -490,15 +492,13 @@ def tools_of(job):
     [("finetune", signal.SIGINT, 130), ("export", signal.SIGTERM, 143), ("evaluate", signal.SIGINT, 130)],
 )
 @FAULT
-def test_a_stopped_run_says_so_leaves_nothing_behind_and_goes_on_later(
-    stage, number, code, toy_gpt2, llama_cpp, tmp_path
-):
+def test_a_stopped_run_says_so_leaves_nothing_behind_and_goes_on_later(stage, number, code, small_model, tmp_path):
     from tests.test_job import QUOTES, write_bucket
 
     write_bucket(f"{tmp_path}/bucket/in", QUOTES, tmp_path)
-    steps = ["--train.max-steps", "20" if stage == "finetune" else "2"]  # some are left however late the signal is
-    steps += ["--quantize.encoder", "llama.cpp", "--calibration.max-tokens", "2000"]
-    job = start(toy_gpt2, tmp_path, *steps, "--grace-seconds", "100")  # a step can take long beside other tests
+    steps = ["--train.max-steps", "300" if stage == "finetune" else "2"]  # some are left however late the signal is
+    steps += ["--quantize.encoder", "llama.cpp", "--calibration.max-tokens", "2000", "--evaluate.max-quotes", "20"]
+    job = start(small_model, tmp_path, *steps, "--grace-seconds", "100")  # a step can take long beside other tests
     wait_for(job, f"{stage}: started")
     children = tools_of(job) if stage != "finetune" else []
     os.kill(job.pid, number)
@@ -508,7 +508,7 @@ def test_a_stopped_run_says_so_leaves_nothing_behind_and_goes_on_later(
     assert not [child for child in children if child.is_running()]
     assert not [path for path in (tmp_path / "bucket" / "out").rglob("*") if path.is_file()]
 
-    again = start(toy_gpt2, tmp_path, *steps)
+    again = start(small_model, tmp_path, *steps)
     _, said = again.communicate(timeout=1800)
     assert again.returncode == 0, said
     assert "tokenize: already done" in said

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-from pipeline import groups, signals
+from pipeline import groups, heap, signals
 from pipeline.device import device_errors
 from pipeline.disk import errors_translated
 from pipeline.errors import QuotesmithError
@@ -63,7 +63,7 @@ def die_with_torchrun() -> None:
 def learn(lesson: Lesson, folder: Path) -> None:
     from pipeline.finetune import train_here
 
-    with errors_translated(folder), device_errors("finetune"):
+    with errors_translated(folder), device_errors("finetune"), heap.reused():
         together.join(lesson.device)
         here = with_files(lesson, folder)
         first = together.rank() == 0
