@@ -19,7 +19,7 @@ from typing import Any
 
 import click
 
-from pipeline import __version__, logs, openmp, platforms
+from pipeline import __version__, groups, logs, openmp, platforms
 from pipeline.disk import as_machine_error
 from pipeline.errors import NotAllowed, QuotesmithError
 from pipeline.foreign_text import printable
@@ -208,6 +208,7 @@ def exit_code_of(command: Any, platform: Platform | None = None) -> int:
         error: BaseException = e.__context__
     except BaseException as e:
         error = e
+    groups.end_all()
     code, sentence = verdict(error)
     if platform and code:
         platforms.report(platform, one_sentence(sentence))

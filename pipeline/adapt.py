@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from pipeline import signals
 from pipeline.artifacts import Calibration, Checkpoint, Facts, GgufFile, GgufSet
 from pipeline.calibrate import load_calibration
 from pipeline.checkpoints import Checkpoints
@@ -84,8 +83,8 @@ class Adapter:
         teacher = load_fp32(self.tuned, self.device)
         recipe = Recipe.of(self.cfg, self.device, self.seed)
         facts = recover_model(student, teacher, train, validation, recipe, checkpoints, what="adapt", keep_end=True)
-        with signals.saved():
-            kquants = encode_model(student, train, types)
+        after_block = checkpoints.stop_if_asked if checkpoints else lambda: None
+        kquants = encode_model(student, train, types, after_block=after_block)
         write_vectors(student, path)
         write_kquants(student, path, kquants)
         log.info(

@@ -64,6 +64,10 @@ class Checkpoints:
         """
         self._save(step, write)
         self.require_wanted()
+        self.stop_if_asked()
+
+    def stop_if_asked(self) -> None:
+        """For work that has nothing to save behind the last checkpoint, which is copied first."""
         if signals.is_stopping():
             self._wait()
             signals.stop()

@@ -23,6 +23,7 @@ def encode_model(
     *,
     others: Mapping[str, Tensor] | None = None,
     keep_zeros: bool = False,
+    after_block: Callable[[], None] = lambda: None,
 ) -> dict[str, KQuant]:
     """Encodes the matrices named in `types` (module name, or `HEAD`, to k-quant), and leaves `model` with them.
 
@@ -37,6 +38,7 @@ def encode_model(
                 found[name] = encode_module(module, gram, types[name], pruned=name != HEAD, keep_zeros=keep_zeros)
             elif others and name in others:
                 weight_of(module).copy_(others[name])
+        after_block()
     return found
 
 

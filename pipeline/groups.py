@@ -48,6 +48,14 @@ def kill_all() -> None:
         kill(group)
 
 
+def end_all() -> None:
+    """Those that a signal kept this process from ending where it had started them."""
+    for group in list(running):
+        kill(group)
+        reap(group)
+        running.discard(group)
+
+
 def reap(group: int) -> None:
     """Ask for the exit codes of the group's orphans: as process 1 this process is their parent, elsewhere it is not."""
     with suppress(ChildProcessError):

@@ -13,10 +13,12 @@ TRIM_THRESHOLD, MMAP_MAX = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of glibc's 
 
 @contextmanager
 def reused() -> Iterator[None]:
-    """From here on what is freed stays with the process; at the end of the block the system gets it back.
+    """From here on what is freed stays with the process, for whatever comes next; what is free at the end of the block
+    goes back to the system.
 
     glibc maps a large tensor by itself and unmaps it when it is freed, so the system hands out and zeroes the same
-    pages again and again: a third of a training step on a CPU. Does nothing with another C library.
+    pages again and again: a tenth to a quarter of a training step on a CPU (scripts/bench_step.py). Does nothing with
+    another C library.
     """
     if libc := glibc():
         libc.mallopt(MMAP_MAX, 0)

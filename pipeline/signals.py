@@ -26,6 +26,7 @@ STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 KEPT = "a run keeps its finished stages and its checkpoints, and the same command goes on after them"
 USABLE = 0.9  # of the grace period; then it ends hard, before the platform does that with another code
 SAVING = 0.7  # of the grace period, for what is to be saved; the rest is for unwinding, which gives the lease back
+AGAIN_SECONDS = 0.01  # until an exception that was lost is raised once more
 
 
 class Stopped(BaseException):
@@ -63,6 +64,7 @@ def handle() -> None:
     for number in state.stops:
         signal.signal(number, on_signal)  # SIGINT is ignored where a shell started this with &
     signal.signal(signal.SIGALRM, on_alarm)
+    sys.unraisablehook = on_unraisable
     atexit.register(ignore)  # called last, being the first
     os.register_at_fork(before=hold, after_in_parent=let_go, after_in_child=forget)
 
@@ -129,19 +131,6 @@ def patient() -> Iterator[None]:
         stop()
 
 
-@contextmanager
-def saved() -> Iterator[None]:
-    """Within `patient`: what is done is saved and the block cannot go on from its middle, so a first signal becomes an
-    exception at once."""
-    before, state.saves = state.saves, False
-    try:
-        if is_stopping():
-            stop()
-        yield
-    finally:
-        state.saves = before
-
-
 def is_stopping() -> bool:
     return state.received is not None
 
@@ -164,9 +153,18 @@ def on_signal(number: int, frame: FrameType | None) -> None:
 
 
 def on_alarm(number: int, frame: FrameType | None) -> None:
-    """The time for saving is over."""
-    if is_stopping():
+    """The time for saving is over, or the exception was lost."""
+    if is_stopping() and state.unwinds:
         stop()
+
+
+def on_unraisable(found: sys.UnraisableHookArgs) -> None:
+    """What is raised in a destructor or a callback is dropped by Python: a signal's exception is raised again soon."""
+    if is_stopping() and issubclass(found.exc_type, Stopped | KeyboardInterrupt):
+        state.owed = False
+        signal.setitimer(signal.ITIMER_REAL, AGAIN_SECONDS)
+    else:
+        sys.__unraisablehook__(found)
 
 
 def stop() -> None:

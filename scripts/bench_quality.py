@@ -29,6 +29,7 @@ from pipeline import openmp  # noqa: E402
 
 openmp.spin_briefly()  # as entrypoint.py does, before torch is imported
 
+import prose  # noqa: E402
 import quality_prose  # noqa: E402
 import torch  # noqa: E402
 from quality_chain import chain  # noqa: E402
@@ -57,7 +58,8 @@ def prose_rows(base: str, work: Path) -> list[dict[str, Any]]:
 
 def code() -> str:
     """A hash of what makes the rows of prose: one of other code is another row, whatever its name."""
-    return hashlib.sha256(stage.code_digest().encode() + Path(quality_prose.__file__).read_bytes()).hexdigest()[:16]
+    files = b"".join(Path(module.__file__ or "").read_bytes() for module in (quality_prose, prose))
+    return hashlib.sha256(stage.code_digest().encode() + files).hexdigest()[:16]
 
 
 def offline_model() -> str:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import click
@@ -38,30 +40,33 @@ WAYS: dict[str, tuple[dict[str, str], bool]] = {
 
 
 def once(steps: int, tokens: int, layers: int, width: int, reuse: bool) -> dict[str, Any]:
-    """Median seconds of a step behind the first, and the peak of this process's memory in bytes."""
+    """Mean seconds of a step behind the first, and the peak of this process's memory in bytes."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
     from pipeline.device import arithmetic_of
-    from pipeline.distill import Group, Recipe, descend, divergence, optimizer_of
+    from pipeline.distill import Group, Recipe, descend, divergence, endless, optimizer_of
     from pipeline.matrices import ids_of_embeddings
     from pipeline.meter import peak_of_process
 
     torch.manual_seed(0)
-    config = GPT2Config(n_layer=layers, n_embd=width)
+    config = GPT2Config(n_layer=layers, n_embd=width, n_head=max(1, width // 64))
     student, teacher = (GPT2LMHeadModel(config).eval() for _ in range(2))
-    batch = torch.randint(config.vocab_size, (max(1, tokens // 256), min(tokens, 256))).tolist()
+    generator = random.Random(0)
+    lengths = [generator.randrange(16, 257) for _ in range(64)]
+    texts = [torch.randint(config.vocab_size, (length,)).tolist() for length in lengths]
     recipe = Recipe(steps, tokens, 1e-5, steps, arithmetic_of("auto", "cpu").name, 0)
     fixed = ids_of_embeddings(student)
     trained = [parameter for parameter in student.parameters() if id(parameter) not in fixed]
+    student.get_input_embeddings().requires_grad_(False)  # the head too
     optimizer, seconds = optimizer_of([Group(trained)], recipe), []
     with heap.reused() if reuse else nullcontext():
-        for _ in range(steps + 1):
+        for batch in islice(endless(texts, tokens, seed=0), steps + 1):
             started = time.monotonic()
             loss, _ = divergence(student, teacher, batch, recipe)
             descend(loss, trained, optimizer)
             seconds.append(time.monotonic() - started)
-    return {"seconds": median(seconds[1:]), "peak_bytes": peak_of_process()}
+    return {"seconds": mean(seconds[1:]), "peak_bytes": peak_of_process()}
 
 
 def in_a_process(way: str, shape: list[str]) -> dict[str, Any]:
@@ -75,8 +80,8 @@ def in_a_process(way: str, shape: list[str]) -> dict[str, Any]:
 
 @click.command()
 @click.option("--rounds", default=3, show_default=True, help="Processes for each way.")
-@click.option("--steps", default=6, show_default=True, help="Steps in each, behind a first one that is not counted.")
-@click.option("--tokens", default=512, show_default=True, help="Of a step.")
+@click.option("--steps", default=12, show_default=True, help="Steps in each, behind a first one that is not counted.")
+@click.option("--tokens", default=512, show_default=True, help="Of a step, at most: texts differ in length.")
 @click.option("--layers", default=12, show_default=True)
 @click.option("--width", default=768, show_default=True)
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write the figures here.")

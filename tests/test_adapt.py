@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pipeline import adapt as stage
-from pipeline import signals
+from pipeline import encode, signals
 from pipeline.adapt import adapt
 from pipeline.artifacts import GgufSet, sha256_of
 from pipeline.checkpoints import Checkpoints
@@ -92,11 +92,11 @@ def parameters(model):
 @on_both
 def test_the_matrices_are_trained_beside_what_the_file_has(run, quantized, recovered, monkeypatch):  # noqa: F811
     seen = []
-    encode = stage.encode_model
+    encode_model = stage.encode_model
 
-    def look(model, sequences, types):
+    def look(model, sequences, types, **given):
         seen.append((parameters(model), {f"{name}.weight" for name in types}))
-        return encode(model, sequences, types)
+        return encode_model(model, sequences, types, **given)
 
     monkeypatch.setattr(stage, "encode_model", look)
     adapted = run(quantized)
@@ -173,21 +173,27 @@ def test_a_start_that_was_stopped_while_rounding_goes_on_behind_the_training(
     patience,
     tmp_path,
 ):
-    """And stops at once: there is nothing to save, and rounding takes minutes."""
+    """And stops behind a block: there is nothing to save, and rounding all takes minutes."""
     settings = {"patience": patience, "learning_rate": 3e-1 if patience == 1 else CFG.learning_rate}
     whole = run(quantized, **settings)
     assert (whole.facts["adapt"]["steps"] < CFG.steps) == (patience == 1)
 
-    def stopped(model, sequences, types):
-        signals.on_signal(signal.SIGTERM, None)
-        raise AssertionError("went on")
+    encoded = []
+    encode_one = encode.encode_module
+
+    def signalled(*given, **more):
+        encoded.append(encode_one(*given, **more))
+        if len(encoded) == 1:
+            signals.on_signal(signal.SIGTERM, None)
+        return encoded[-1]
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(signals.Stopped):
         for name in ("received", "owed"):  # put back afterwards
             patch.setattr(signals.state, name, getattr(signals.state, name))
-        patch.setattr(stage, "encode_model", stopped)
+        patch.setattr(encode, "encode_module", signalled)
         with signals.unwinding(), signals.patient():
             run(quantized, name="stopped", checkpoints=Checkpoints(tmp_path / "kept", ResumeConfig()), **settings)
+    assert len(encoded) == whole.facts["adapt"]["encoded_tensors"] / 2  # of the first block of two
     with pytest.MonkeyPatch.context() as patch:
         die_after(1, patch)  # trains no step again
         again = run(quantized, name="stopped", checkpoints=Checkpoints(tmp_path / "kept", ResumeConfig()), **settings)

@@ -83,6 +83,19 @@ def test_a_process_that_is_to_stop_saves_and_copies_once_more_and_then_stops(tmp
     assert step_of(at(tmp_path / "elsewhere", mirror, seldom).newest()) == 1
 
 
+def test_work_behind_the_last_checkpoint_stops_as_soon_as_that_is_copied(tmp_path, mirror, monkeypatch):
+    copy, slow = mirror.save, threading.Event()
+    monkeypatch.setattr(mirror, "save", lambda *given: slow.wait(10) and copy(*given))
+    checkpoints = at(tmp_path / "disk", mirror)
+    checkpoints.save(1, lambda folder: (folder / "state.json").write_text("1"))
+    checkpoints.stop_if_asked()
+    monkeypatch.setattr(signals.state, "received", signal.SIGTERM)
+    threading.Timer(0.2, slow.set).start()
+    with pytest.raises(signals.Stopped):
+        checkpoints.stop_if_asked()
+    assert step_of(at(tmp_path / "elsewhere", mirror).newest()) == 1
+
+
 def test_training_of_a_start_that_was_overtaken_ends_at_its_next_checkpoint(tmp_path):
     class Owner:
         def require_held(self):

@@ -221,11 +221,45 @@ def test_saving_that_takes_too_long_leaves_time_to_clean_up(what, script):
     assert (returned, out) == (143, "cleaned up\n") and 2 < seconds < 4
 
 
+DESTROYED = """
+class Slow:
+    def __del__(self):
+        say("ready")
+        while not signals.is_stopping(): time.sleep(0.01)
+        time.sleep(60)
+def destroy():
+    slow = Slow()
+    del slow
+    time.sleep(60)
+"""
+
+
 @FAULT
-def test_patient_work_that_has_saved_everything_is_unwound_at_once(script):
-    saved = PATIENT.replace("WORK", "with signals.saved(): time.sleep(60)")
-    returned, out, _, seconds = stopped(script("signals.state.grace_seconds = 60\n" + saved), signal.SIGTERM)
-    assert (returned, out) == (143, "cleaned up\n") and seconds < 5
+def test_a_signal_whose_exception_is_lost_in_a_destructor_unwinds_the_work_all_the_same(script):
+    code = UNWINDS.replace('say("ready")', "destroy()")
+    returned, out, err, seconds = stopped(script(DESTROYED + code), signal.SIGTERM)
+    assert (returned, out) == (143, "cleaned up\n") and "Exception ignored" not in err and seconds < 10
+
+
+LEFT = """
+def work():
+    with signals.unwinding():
+        process = subprocess.Popen(["sleep", "600"], process_group=0)
+        groups.running.add(process.pid)  # and a signal comes before the block that would end it
+        say("ready")
+        time.sleep(60)
+import entrypoint
+code = entrypoint.exit_code_of(work)
+say(subprocess.run(["ps", "--ppid", str(os.getpid()), "-o", "comm="], capture_output=True, text=True).stdout.split())
+signals.leave(code)
+"""
+
+
+@pytest.mark.skipif(not shutil.which("ps"), reason="needs ps")
+@FAULT
+def test_a_program_that_a_signal_kept_from_being_ended_is_ended_at_last(script):
+    returned, out, _, _ = stopped(script(LEFT), signal.SIGTERM)
+    assert (returned, out) == (143, "['ps']\n")
 
 
 @FAULT

@@ -123,9 +123,10 @@ static int is_in_vain(const char *call, const char *path) {
 static int boundary(const char *call, const char *path) {
   if (!shared || !watched(path) || is_in_vain(call, path)) return 0;
   int number = atomic_fetch_add(&shared->count, 1) + 1;
-  note(number, call, path, number == shared->target);
+  int is_spoilt = number == shared->target; /* asked once: the job changes it while other threads write */
+  note(number, call, path, is_spoilt);
   if (shared->happened && shared->fault == DISK_FULL) return needs_room(call) ? ENOSPC : 0;
-  if (number != shared->target) return 0;
+  if (!is_spoilt) return 0;
   shared->happened = 1;
   switch (shared->fault) {
     case KILLED:
