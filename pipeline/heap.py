@@ -17,8 +17,8 @@ def reused() -> Iterator[None]:
     goes back to the system.
 
     glibc maps a large tensor by itself and unmaps it when it is freed, so the system hands out and zeroes the same
-    pages again and again: a tenth to a quarter of a training step on a CPU (scripts/bench_step.py). Does nothing with
-    another C library.
+    pages again and again: a fifth of a training step on a CPU, for a tenth more memory (scripts/bench_step.py). Does
+    nothing with another C library.
     """
     if libc := glibc():
         libc.mallopt(MMAP_MAX, 0)

@@ -14,7 +14,8 @@ def spin_briefly(environment: MutableMapping[str, str] = os.environ) -> None:
     By default they spin for long. On a machine with other work, or in a container with less CPU time than cores, each
     then waits for one that is not running: a training step was 11 times slower than with threads that sleep at once,
     and llama.cpp made 1 token a second of GPT-2's size on two busy cores instead of 13. To spin for some microseconds
-    costs nothing there; on two idle cores it makes steps shorter by a tenth to a quarter.
+    costs nothing there; on two idle cores it made a step of SmolLM2-135M a quarter shorter beside `heap.reused`, one of
+    GPT-2's shape hardly (scripts/bench_step.py).
     """
     if not WAITING.keys() & environment.keys():
         environment.update(WAITING)
