@@ -190,6 +190,7 @@ def test_a_start_that_was_stopped_while_rounding_goes_on_behind_the_training(
     with pytest.MonkeyPatch.context() as patch, pytest.raises(signals.Stopped):
         for name in ("received", "owed"):  # put back afterwards
             patch.setattr(signals.state, name, getattr(signals.state, name))
+        patch.setattr(signals.state, "grace_seconds", 3600.0)  # the alarm would kill this process, which handles none
         patch.setattr(encode, "encode_module", signalled)
         with signals.unwinding(), signals.patient():
             run(quantized, name="stopped", checkpoints=Checkpoints(tmp_path / "kept", ResumeConfig()), **settings)
