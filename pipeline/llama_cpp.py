@@ -104,6 +104,10 @@ def require_programs_start(tools: LlamaCpp) -> None:
 
 
 def threads() -> int:
+    """OMP_NUM_THREADS if it is set, which torch obeys too, else one for each core that this process may use."""
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    if asked.isdecimal() and int(asked):
+        return int(asked)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import socket
 import sys
+import threading
 import time
 from base64 import b64encode
 from collections.abc import Iterator
@@ -51,6 +52,27 @@ def test_a_dead_endpoint_is_unavailable_within_the_budget(s3_bucket_uri: str, mo
             with pytest.raises(errors.ServiceUnavailable, match="Could not connect"):
                 act()
             assert time.monotonic() - started < 10
+
+
+def test_a_connection_that_ends_within_the_leave_to_send_is_tried_again_and_no_thread_goes_on(
+    s3_bucket_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer() -> None:
+        while True:
+            with listening.accept()[0] as connection:
+                connection.recv(65536)
+                connection.sendall(b"HTTP/1.1 100 Continue\r\n")
+
+    monkeypatch.setattr(retrying, "BUDGET_SECONDS", 5.0)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        threading.Thread(target=answer, daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{listening.getsockname()[1]}")
+        with pytest.raises(errors.ServiceUnavailable, match=r"tried [2-9] times"):
+            open_store("s3://bucket/x").put_if_absent("x", b"x")
+    for thread in threading.enumerate():
+        if thread.name.startswith("transfer s3://bucket/x"):
+            thread.join(5)
+            assert not thread.is_alive()
 
 
 def test_an_unusable_endpoint_is_a_wrong_setting(s3_bucket_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:

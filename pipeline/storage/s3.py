@@ -196,11 +196,20 @@ def connect() -> Any:
             s3={"addressing_style": "path" if custom else "auto"},
             **({} if signed else {"signature_version": UNSIGNED}),
         )
-        return session.client("s3", config=config)
+        client = session.client("s3", config=config)
+        client.meta.events.register("before-send.s3", send_at_once)
+        return client
     except api.CredentialRetrievalError as e:
         raise ServiceUnavailable(f"s3: credentials cannot be had now: {first_line(e)}; try later") from e
     except (api.BotoCoreError, ValueError) as e:
         raise ConfigError(f"s3: boto3 cannot use its settings: {first_line(e)}; check the AWS_… variables") from e
+
+
+def send_at_once(request: Any, **_: object) -> None:
+    """Not only when the server has said 100: if it ends the connection within that answer, botocore reads on for ever,
+    at the cost of a core, in `AWSConnection._consume_headers` (1.44.5). The header is in no signature.
+    """
+    request.headers.pop("Expect", None)
 
 
 def checksums(data: Body, start: int = 0, length: int | None = None) -> dict[str, str]:
