@@ -62,6 +62,8 @@ class FaultProxy:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self.listener.shutdown(socket.SHUT_RDWR)  # ends the thread that waits in accept, as close alone does not
         self.listener.close()
         for connection in self.connections:
             connection.end()
