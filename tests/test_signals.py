@@ -530,7 +530,7 @@ def test_a_stopped_run_says_so_leaves_nothing_behind_and_goes_on_later(stage, nu
     from tests.test_job import QUOTES, write_bucket
 
     write_bucket(f"{tmp_path}/bucket/in", QUOTES, tmp_path)
-    steps = ["--train.max-steps", "300" if stage == "finetune" else "2"]  # some are left however late the signal is
+    steps = ["--train.max-steps", "100" if stage == "finetune" else "2"]  # some are left however late the signal is
     steps += ["--quantize.encoder", "llama.cpp", "--calibration.max-tokens", "2000", "--evaluate.max-quotes", "20"]
     job = start(small_model, tmp_path, *steps, "--grace-seconds", "100")  # a step can take long beside other tests
     wait_for(job, f"{stage}: started")
