@@ -8,6 +8,7 @@ memory holds one answer at a time.
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import struct
@@ -23,6 +24,7 @@ import numpy as np
 from pipeline import child
 from pipeline.disk import as_machine_error
 from pipeline.errors import CheckFailed, ConfigError, MachineError
+from pipeline.memory import cores
 
 PROGRAMS = ("llama-quantize", "llama-bench", "llama-probe")
 CONVERTER = Path("convert", "convert_hf_to_gguf.py")
@@ -104,11 +106,9 @@ def require_programs_start(tools: LlamaCpp) -> None:
 
 
 def threads() -> int:
-    """OMP_NUM_THREADS if it is set, which torch obeys too, else one for each core that this process may use."""
+    """OMP_NUM_THREADS if it is set, which torch obeys too, else enough for the cores that the container may use."""
     asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
-    if asked.isdecimal() and int(asked):
-        return int(asked)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return int(asked) if asked.isdecimal() and int(asked) else math.ceil(cores())
 
 
 def logits(tools: LlamaCpp, gguf: Path, sequences: Iterable[Sequence[int]]) -> Iterator[np.ndarray]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from pipeline.llama_cpp import threads
-
 ROOT = Path("/")
 RUNTIME_BYTES = 500_000_000  # Python, torch and the other libraries, before any model
 MEMORY_LIMITS = (Path("sys/fs/cgroup/memory.max"), Path("sys/fs/cgroup/memory/memory.limit_in_bytes"))
@@ -39,8 +37,9 @@ def memory_limit(root: Path = ROOT) -> int | None:
 
 def cores(root: Path = ROOT) -> float:
     """Cores' worth of time that this process may have."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = map(int, (root / CPU_LIMIT).read_text().split())
     except (OSError, ValueError):  # no limit, or another version of cgroups
-        return threads()
-    return min(threads(), quota / period)
+        return usable
+    return min(usable, quota / period)
