@@ -7,4 +7,4 @@ cd "$(dirname "$0")/.."
 ruff format --check .
 ruff check .
 mypy
-pytest --numprocesses logical --maxprocesses 4 --dist loadfile "$@"
+pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -29,6 +30,21 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quotesmith"
+
+# What waits more than it computes, and what computes with one thread beside it. Two that wait would leave the cores to
+# nobody for minutes; what fills all cores (an image's build, spoilt jobs) would take the time from those that wait.
+FIRST = ("test_network_faults", "test_job", "test_adapt", "test_bucket", "test_export", "test_finetune", "test_signals")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Each process takes the next module that nobody has (scripts/check.sh): after those, the ones with most tests."""
+    tests = Counter(item.path for item in items)
+
+    def place(item: pytest.Item) -> tuple[int, int, str]:
+        name = item.path.stem
+        return FIRST.index(name) if name in FIRST else len(FIRST), -tests[item.path], name
+
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="session", autouse=True)
