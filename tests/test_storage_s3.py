@@ -7,6 +7,7 @@ import threading
 import time
 from base64 import b64encode
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,25 +55,48 @@ def test_a_dead_endpoint_is_unavailable_within_the_budget(s3_bucket_uri: str, mo
             assert time.monotonic() - started < 10
 
 
-def test_a_connection_that_ends_within_the_leave_to_send_is_tried_again_and_no_thread_goes_on(
-    s3_bucket_uri: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def answer() -> None:
-        while True:
-            with listening.accept()[0] as connection:
-                connection.recv(65536)
-                connection.sendall(b"HTTP/1.1 100 Continue\r\n")
+@contextmanager
+def answering(said: bytes, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What listens at the endpoint says this once it has some of a request, and ends the connection."""
 
-    monkeypatch.setattr(retrying, "BUDGET_SECONDS", 5.0)
+    def answer() -> None:
+        with suppress(OSError):  # the test is over
+            while True:
+                with listening.accept()[0] as connection:
+                    connection.recv(65536)
+                    connection.sendall(said)
+                    connection.shutdown(socket.SHUT_WR)
+                    time.sleep(0.2)  # with more of the request unread, the other side could not read the answer
+
     with socket.create_server(("127.0.0.1", 0)) as listening:
         threading.Thread(target=answer, daemon=True).start()
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{listening.getsockname()[1]}")
-        with pytest.raises(errors.ServiceUnavailable, match=r"tried [2-9] times"):
-            open_store("s3://bucket/x").put_if_absent("x", b"x")
+        monkeypatch.setattr(retrying, "BUDGET_SECONDS", 5.0)
+        yield
+
+
+def test_a_connection_that_ends_within_the_leave_to_send_is_tried_again_and_no_thread_goes_on(
+    s3_bucket_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (
+        answering(b"HTTP/1.1 100 Continue\r\n", monkeypatch),
+        pytest.raises(errors.ServiceUnavailable, match=r"tried [2-9] times"),
+    ):
+        open_store("s3://bucket/x").put_if_absent("x", b"x")
     for thread in threading.enumerate():
         if thread.name.startswith("transfer s3://bucket/x"):
             thread.join(5)
             assert not thread.is_alive()
+
+
+def test_a_refusal_that_comes_before_the_body_is_read_is_told(
+    s3_bucket_uri: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    why = b"<Error><Code>AccessDenied</Code><Message>the server's words</Message></Error>"
+    (tmp_path / "file").write_bytes(bytes(20_000_000))
+    refused = b"HTTP/1.1 403 Forbidden\r\nContent-Length: %d\r\n\r\n%s" % (len(why), why)
+    with answering(refused, monkeypatch), pytest.raises(errors.NotAllowed, match="AccessDenied the server's words"):
+        open_store("s3://bucket/x").put_if_absent("x", tmp_path / "file")
 
 
 def test_an_unusable_endpoint_is_a_wrong_setting(s3_bucket_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
