@@ -48,7 +48,7 @@ def add_metadata(writer: gguf.GGUFWriter, config: dict[str, int]) -> None:
     writer.add_block_count(config["n_layer"])
     writer.add_context_length(config["n_ctx"])
     writer.add_embedding_length(config["n_embd"])
-    writer.add_feed_forward_length(config["n_inner"])
+    writer.add_feed_forward_length(4 * config["n_embd"])
     writer.add_head_count(config["n_head"])
     writer.add_layer_norm_eps(config["layer_norm_epsilon"])
 

@@ -22,7 +22,7 @@ def make_model(out: Path, width: int = 256) -> Path:
     )
     torch.manual_seed(0)
     config = GPT2Config(
-        vocab_size=len(tokenizer), n_layer=1, n_embd=width, n_inner=width, n_head=4, n_positions=64,
+        vocab_size=len(tokenizer), n_layer=1, n_embd=width, n_head=4, n_positions=64,
         bos_token_id=len(tokenizer) - 1, eos_token_id=len(tokenizer) - 1,
     )  # fmt: skip
     out.mkdir(parents=True)
