@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from pipeline import threads
 from pipeline.errors import ConfigError, MachineError, ServiceUnavailable, TryLater
 from pipeline.gpu_check import GIVE_A_GPU
 
@@ -24,6 +25,11 @@ class Device(NamedTuple):
 class Precision(NamedTuple):
     name: Literal["fp32", "fp16", "bf16"]
     why: str
+
+
+def limit_threads() -> None:
+    """torch counts the machine's cores, and its threads then wait in turns for the container's share of their time."""
+    torch.set_num_threads(min(torch.get_num_threads(), threads.count()))
 
 
 def choose_device(asked: str) -> Device:

@@ -19,6 +19,7 @@ from pipeline.base_model import obtain
 from pipeline.calibrate import calibrate
 from pipeline.claim import Claim
 from pipeline.config import JobConfig
+from pipeline.device import limit_threads
 from pipeline.disk import errors_translated
 from pipeline.evaluate import evaluate
 from pipeline.export import export
@@ -93,6 +94,7 @@ def walk(resolved: Resolved, claim: Claim, team: Team) -> Outcome:
     cfg = resolved.config
     disable_progress_bar()  # one for every model that is loaded; the long steps have bars of their own
     set_verbosity_error()
+    limit_threads()
     ground = preflight(cfg)
     log.info("job: device %s (%s), llama.cpp %s, work_dir %s", *ground.device, ground.tools.version, cfg.work_dir)
     claim.work_folder()

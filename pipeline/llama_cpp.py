@@ -8,7 +8,6 @@ memory holds one answer at a time.
 from __future__ import annotations
 
 import json
-import math
 import os
 import signal
 import struct
@@ -21,10 +20,9 @@ from typing import IO, NoReturn
 
 import numpy as np
 
-from pipeline import child
+from pipeline import child, threads
 from pipeline.disk import as_machine_error
 from pipeline.errors import CheckFailed, ConfigError, MachineError
-from pipeline.memory import cores
 
 PROGRAMS = ("llama-quantize", "llama-bench", "llama-probe")
 CONVERTER = Path("convert", "convert_hf_to_gguf.py")
@@ -105,18 +103,12 @@ def require_programs_start(tools: LlamaCpp) -> None:
             raise ConfigError(f"{tools.program(name)} does not start ({said}); {REBUILD}")
 
 
-def threads() -> int:
-    """OMP_NUM_THREADS if it is set, which torch obeys too, else enough for the cores that the container may use."""
-    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
-    return int(asked) if asked.isdecimal() and int(asked) else math.ceil(cores())
-
-
 def logits(tools: LlamaCpp, gguf: Path, sequences: Iterable[Sequence[int]]) -> Iterator[np.ndarray]:
     """(T, V) float32 for each sequence, one at a time; row t predicts token t + 1.
 
     Raises `CheckFailed` for a sequence longer than the model's context, or an id outside its vocabulary.
     """
-    with probe(tools, "logits", gguf, str(threads())) as pipe:
+    with probe(tools, "logits", gguf, str(threads.count())) as pipe:
         n_vocab = int(pipe.words(2)[0])
         for ids in sequences:
             pipe.send(len(ids).to_bytes(4, "little") + np.asarray(ids, dtype=WORD).tobytes())
@@ -186,7 +178,7 @@ def generate(
     Sampled by llama.cpp in its own order: repeat penalty over the last 64 tokens, top-p, temperature; 0 is greedy.
     Ends at the model's own context at the latest. Raises `CheckFailed` for a prompt that fills it.
     """
-    with probe(tools, "generate", gguf, str(threads())) as pipe:
+    with probe(tools, "generate", gguf, str(threads.count())) as pipe:
         seed %= 2**32 - 1  # the largest would ask llama.cpp for a random seed
         pipe.send(struct.pack("<IIfff", seed, max_new_tokens, temperature, top_p, repeat_penalty))
         pipe.send(record(prompt.encode()))
@@ -196,13 +188,21 @@ def generate(
 
 def quantize(tools: LlamaCpp, f16: Path, path: Path, kind: str, options: Sequence[str | Path] = ()) -> None:
     """Writes `path`; files that `options` name are looked for in its folder."""
-    command = [tools.program("llama-quantize"), *options, f16.resolve(), path.name, kind, str(threads())]
+    command = [tools.program("llama-quantize"), *options, f16.resolve(), path.name, kind, str(threads.count())]
     child.run(command, writes_in=path.parent, cwd=path.parent)
 
 
 def bench(tools: LlamaCpp, gguf: Path) -> Speed:
     """Tokens per second of `gguf` on this machine's CPU, mean of three, and llama-bench's peak memory."""
-    command = [str(tools.program("llama-bench")), "--model", str(gguf), "--output", "json", "--threads", str(threads())]
+    command = [
+        str(tools.program("llama-bench")),
+        "--model",
+        str(gguf),
+        "--output",
+        "json",
+        "--threads",
+        str(threads.count()),
+    ]
     finished = child.run([*command, *BENCH])
     tests = json.loads(finished.stdout)
     prompt = next(float(test["avg_ts"]) for test in tests if test["n_prompt"])

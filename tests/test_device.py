@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from pipeline.device import choose_device, choose_precision, device_errors
+from pipeline import threads
+from pipeline.device import choose_device, choose_precision, device_errors, limit_threads
 from pipeline.errors import ConfigError, MachineError, ServiceUnavailable, TryLater
 
 
@@ -73,3 +74,16 @@ def test_a_gpu_that_is_visible_but_broken_is_worth_a_retry_elsewhere(gpu, monkey
     monkeypatch.setattr(torch.cuda, "get_device_name", broken)
     with pytest.raises(TryLater, match="preflight: the GPU failed"):
         choose_device("auto")
+
+
+@pytest.mark.parametrize(("allowed", "found"), [(1.5, 2), (64, 3)])
+def test_torch_takes_no_more_threads_than_the_container_has_cores(allowed, found, monkeypatch):
+    monkeypatch.setattr(threads, "cores", lambda: allowed)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        limit_threads()
+        assert torch.get_num_threads() == found
+    finally:
+        torch.set_num_threads(before)

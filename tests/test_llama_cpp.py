@@ -50,18 +50,6 @@ def test_the_cache_is_looked_for_where_xdg_says(llama_cpp, tmp_path, monkeypatch
     assert engine.find() == llama_cpp
 
 
-@pytest.mark.parametrize(
-    ("asked", "allowed", "found"),
-    [("3", 8, 3), ("5,2", 8, 5), (None, 8, 8), (None, 1.5, 2), (None, 0.5, 1), ("0", 8, 8), ("many", 8, 8)],
-)
-def test_threads_are_those_of_openmp_or_what_the_container_may_use(asked, allowed, found, monkeypatch):
-    monkeypatch.setattr(engine, "cores", lambda: allowed)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    if asked:
-        monkeypatch.setenv("OMP_NUM_THREADS", asked)
-    assert engine.threads() == found
-
-
 def test_logits_come_in_order_and_do_not_depend_on_what_came_before(gguf, llama_cpp):
     sequences = [[50256, 40, 1101], [50256], [50256, 464, 2068, 7586, 21831], [50256, 40, 1101]]
     first, single, longer, again = engine.logits(llama_cpp, gguf, sequences)

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 
 from pipeline import groups, heap, signals
-from pipeline.device import device_errors
+from pipeline.device import device_errors, limit_threads
 from pipeline.disk import errors_translated
 from pipeline.errors import QuotesmithError
 from pipeline.logs import QUIET
@@ -64,6 +64,7 @@ def learn(lesson: Lesson, folder: Path) -> None:
     from pipeline.finetune import train_here
 
     with errors_translated(folder), device_errors("finetune"), heap.reused():
+        limit_threads()
         together.join(lesson.device)
         here = with_files(lesson, folder)
         first = together.rank() == 0
