@@ -9,7 +9,10 @@ ROOT = Path("/")
 RUNTIME_BYTES = 500_000_000  # Python, torch and the other libraries, before any model
 MEMORY_LIMITS = (Path("sys/fs/cgroup/memory.max"), Path("sys/fs/cgroup/memory/memory.limit_in_bytes"))
 UNLIMITED = 1 << 60  # the first version of cgroups has no word for it but a number beyond any machine
-CPU_LIMIT = Path("sys/fs/cgroup/cpu.max")
+CPU_LIMITS = (  # microseconds of CPU time within so many; the first version of cgroups has -1 for no limit
+    (Path("sys/fs/cgroup/cpu.max"),),
+    (Path("sys/fs/cgroup/cpu/cpu.cfs_quota_us"), Path("sys/fs/cgroup/cpu/cpu.cfs_period_us")),
+)
 
 
 def memory_available(root: Path = ROOT) -> int | None:
@@ -38,8 +41,10 @@ def memory_limit(root: Path = ROOT) -> int | None:
 def cores(root: Path = ROOT) -> float:
     """Cores' worth of time that this process may have."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = map(int, (root / CPU_LIMIT).read_text().split())
-    except (OSError, ValueError):  # no limit, or another version of cgroups
-        return usable
-    return min(usable, quota / period)
+    for paths in CPU_LIMITS:
+        try:
+            quota, period = (int(word) for path in paths for word in (root / path).read_text().split())
+        except (OSError, ValueError):  # another version of cgroups, or "max"
+            continue
+        return min(usable, quota / period) if quota > 0 else usable
+    return usable

@@ -1,3 +1,5 @@
+import os
+
 import pytest
 
 from pipeline.memory import cores, memory_available, memory_limit
@@ -36,6 +38,24 @@ def test_memory_that_the_kernel_does_not_tell_is_unknown(tmp_path):
     assert memory_available() > 0
 
 
-def test_a_container_has_no_more_cores_than_its_share_of_time(root):
-    assert cores(root(**{"sys/fs/cgroup/cpu.max": "50000 100000\n"})) == 0.5
-    assert cores(root(**{"sys/fs/cgroup/cpu.max": "max 100000\n"})) == cores(root()) >= 1
+@pytest.mark.parametrize(
+    "half",
+    [
+        {"sys/fs/cgroup/cpu.max": "50000 100000\n"},
+        {"sys/fs/cgroup/cpu/cpu.cfs_quota_us": "50000\n", "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n"},
+    ],
+)
+def test_a_container_has_no_more_cores_than_its_share_of_time(half, root):
+    assert cores(root(**half)) == 0.5
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {},
+        {"sys/fs/cgroup/cpu.max": "max 100000\n"},
+        {"sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n", "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n"},
+    ],
+)
+def test_without_a_limit_all_cores_are_there(told, root):
+    assert cores(root(**told)) == len(os.sched_getaffinity(0))
