@@ -26,7 +26,7 @@ from pipeline.errors import CheckFailed, ConfigError, MachineError
 
 PROGRAMS = ("llama-quantize", "llama-bench", "llama-probe")
 CONVERTER = Path("convert", "convert_hf_to_gguf.py")
-BENCH = ("-p", "64", "-n", "32", "-r", "3")  # tokens of prompt, tokens to generate, repetitions
+BENCH = ("-p", "64", "-n", "32", "-r", "3", "--output", "json")  # tokens of prompt, to generate, repetitions
 WORD = np.dtype("<i4")
 START_SECONDS = 60  # from a cold disk that others use too
 REBUILD = "run scripts/build_llama_cpp.sh on a machine of this kind, or take the image that fits it"
@@ -194,16 +194,7 @@ def quantize(tools: LlamaCpp, f16: Path, path: Path, kind: str, options: Sequenc
 
 def bench(tools: LlamaCpp, gguf: Path) -> Speed:
     """Tokens per second of `gguf` on this machine's CPU, mean of three, and llama-bench's peak memory."""
-    command = [
-        str(tools.program("llama-bench")),
-        "--model",
-        str(gguf),
-        "--output",
-        "json",
-        "--threads",
-        str(threads.count()),
-    ]
-    finished = child.run([*command, *BENCH])
+    finished = child.run([tools.program("llama-bench"), "--model", gguf, "--threads", str(threads.count()), *BENCH])
     tests = json.loads(finished.stdout)
     prompt = next(float(test["avg_ts"]) for test in tests if test["n_prompt"])
     generation = next(float(test["avg_ts"]) for test in tests if test["n_gen"])

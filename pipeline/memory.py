@@ -38,9 +38,14 @@ def memory_limit(root: Path = ROOT) -> int | None:
     return None
 
 
+def usable_cores() -> int:
+    """Those that this process may run on, whatever its share of their time."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def cores(root: Path = ROOT) -> float:
     """Cores' worth of time that this process may have."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    usable = usable_cores()
     for paths in CPU_LIMITS:
         try:
             quota, period = (int(word) for path in paths for word in (root / path).read_text().split())

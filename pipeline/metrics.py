@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from pipeline.memory import usable_cores
 from pipeline.stage import StageRecord
 
 SCHEMA_VERSION = 1
@@ -180,7 +181,7 @@ def hardware() -> dict[str, Any]:
     return {
         "machine": platform.platform(),
         "cpu": cpu_name(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": usable_cores(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "gpu": gpu or {"value": None, "reason": "no GPU is visible"},
     }
